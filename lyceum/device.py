@@ -1,0 +1,177 @@
+"""The machine: threads and how they wait, memory, the device, how busy it is.
+
+`prepare` runs before torch is imported, since torch's OpenMP library reads its environment once, when it is loaded:
+
+- OMP_WAIT_POLICY=PASSIVE: threads that wait for the next parallel region sleep instead of spinning. With the default,
+  one more busy process on a two-core machine makes every step 5 to 25 times slower, because a spinning thread holds the
+  core that the working one needs. KMP_BLOCKTIME says the same to Intel's and LLVM's OpenMP, which some builds use.
+- OMP_NUM_THREADS: one thread for each physical core this process may use. A value that is already set is kept: torchrun
+  sets it, and a resumed run is given the number it was started with, since sums depend on it bit for bit.
+- glibc keeps the memory that tensors give back. Otherwise each step of a small model returns its activations to the system
+  and faults the same pages in again: thousands of faults, 2 to 5 % of a step at width 128.
+
+Nothing here imports torch at module level. It is not a scheduler: it never changes its mind while a run is going.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+RECORDED = ("OMP_NUM_THREADS", *WAITING, "MKL_NUM_THREADS", "MALLOC_ARENA_MAX")
+
+_prepared: dict[str, Any] = {}
+
+
+def prepare(role: str = "train", threads: int | None = None) -> None:
+    """Set the threads and how they wait, before torch is imported; `facts` tells what was set.
+
+    Args:
+        role: what the process is for; recorded.
+        threads: the number to use if the environment does not say; by default one a core.
+    """
+    wanted = threads or num_cores()
+    os.environ.setdefault("OMP_NUM_THREADS", str(wanted))
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
+    late = "torch" in sys.modules  # then the environment comes too late for the waiting, but not for the number
+    if late and os.environ["OMP_NUM_THREADS"].isdigit():
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    _prepared.update(role=role, before_torch=not late, keeps_memory=_keep_freed_memory())
+
+
+def _keep_freed_memory() -> bool:
+    """Ask glibc never to trim its heap and to serve large blocks from it; False where the C library is another."""
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def facts() -> dict[str, Any]:
+    """What the numbers of a run depend on: processor, cores, memory, system, Python, threads and their settings."""
+    found = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": num_cores(),
+        "logical_cores": len(_allowed()),
+        "memory_gb": _memory_gb(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "environment": {name: os.environ[name] for name in RECORDED if name in os.environ},
+        **_prepared,
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+        found["device"] = str(pick_device())
+    return found
+
+
+def num_threads() -> int:
+    """The number of threads that torch has, or will have."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(text) if text.isdigit() else num_cores()
+
+
+def num_cores() -> int:
+    """Physical cores that this process may use: hyperthreads count once, and a container's quota bounds it."""
+    topology = Path("/sys/devices/system/cpu")
+    cores = set()
+    for cpu in _allowed():
+        try:
+            place = topology / f"cpu{cpu}" / "topology"
+            cores.add(((place / "physical_package_id").read_text(), (place / "core_id").read_text()))
+        except OSError:
+            cores.add((str(cpu), ""))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limit = max(1, int(quota) // int(period)) if quota != "max" else len(cores)
+    except (OSError, ValueError):
+        limit = len(cores)
+    return max(1, min(len(cores), limit))
+
+
+def pick_device() -> torch.device:
+    """The device to compute on: this rank's GPU if there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held since it started, in GB (10^9 bytes), as the system counts resident pages.
+
+    It never falls: in a process that runs several sections it is the peak so far, not of the last section alone.
+    """
+    try:  # Linux: getrusage would begin with the peak of the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except (OSError, ValueError):
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes there, kibibytes elsewhere
+
+
+def busy_share(seconds: float = 0.5) -> float:
+    """The share of all cores, 0 to 1, that somebody else uses while this process sleeps for `seconds`.
+
+    A benchmark refuses to measure when this is not near 0. Where the system does not tell, the load average stands in.
+    """
+    try:
+        before = _core_times()
+        time.sleep(seconds)
+        after = _core_times()
+    except (OSError, ValueError):
+        return min(1.0, os.getloadavg()[0] / max(1, len(_allowed())))
+    spent = [b - a for a, b in zip(before, after, strict=True)]
+    idle = spent[3] + spent[4]  # idle, and waiting for the disk
+    return 1.0 - idle / sum(spent) if sum(spent) > 0 else 0.0
+
+
+def _core_times() -> list[int]:
+    """Ticks of all cores together: user, nice, system, idle, iowait, irq, softirq, steal."""
+    first = Path("/proc/stat").read_text().splitlines()[0]
+    return [int(number) for number in first.split()[1:9]]
+
+
+def _allowed() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _memory_gb() -> float:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        return 0.0

@@ -1,0 +1,85 @@
+"""The machine: set up before torch is imported, and told truly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lyceum import device
+
+
+def fresh(code: str, **environment: str) -> str:
+    """What `code` prints in a new Python whose environment says nothing about threads."""
+    kept = {name: value for name, value in os.environ.items() if name not in device.RECORDED}
+    command = [sys.executable, "-W", "error", "-c", f"from lyceum import device\n{code}"]
+    return subprocess.run(
+        command, env={**kept, **environment}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_the_floor_sets_threads_and_patient_waiting_before_torch_comes() -> None:
+    code = """
+import os
+device.prepare("train", threads=1)
+import torch
+print(torch.get_num_threads(), os.environ["OMP_WAIT_POLICY"], device.facts()["before_torch"], device.num_threads())
+"""
+    assert fresh(code) == "1 PASSIVE True 1"
+
+
+def test_what_the_environment_already_says_is_kept() -> None:
+    code = """
+import os
+device.prepare("train", threads=1)
+print(os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"])
+"""
+    assert fresh(code, OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE") == "3 ACTIVE"
+    assert fresh(code) == "1 PASSIVE"
+
+
+def test_after_torch_the_number_of_threads_still_holds() -> None:
+    code = (
+        "import torch\ndevice.prepare('train', threads=1)\n"
+        "print(torch.get_num_threads(), device.facts()['before_torch'], device.facts()['threads'])"
+    )
+    assert fresh(code) == "1 False 1"
+
+
+def test_there_is_a_thread_for_each_core_this_process_may_use() -> None:
+    assert 1 <= device.num_cores() <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_setaffinity"):
+        code = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(device.num_cores())"
+        assert fresh(code) == "1"
+
+
+def test_the_facts_can_be_written_down() -> None:
+    facts = json.loads(json.dumps(device.facts()))
+    assert facts["cores"] >= 1 and facts["memory_gb"] > 0.1 and facts["python"].startswith("3.")
+
+
+def test_peak_memory_is_this_process_own_and_grows_by_what_is_held() -> None:
+    grown = "before = device.peak_memory_gb()\nheld = b'x' * 300_000_000\nprint(device.peak_memory_gb() - before)"
+    assert float(fresh(grown)) == pytest.approx(0.3, abs=0.05)
+
+
+def test_the_busy_share_is_a_share() -> None:
+    assert 0.0 <= device.busy_share(0.05) <= 1.0
+
+
+def test_a_machine_that_does_not_tell_its_times_is_judged_by_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> list[int]:
+        raise OSError
+
+    monkeypatch.setattr(device, "_core_times", silent)
+    assert 0.0 <= device.busy_share(0.0) <= 1.0
+
+
+def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.pick_device() == torch.device("cpu")
