@@ -1,0 +1,1 @@
+"""Ids to tensors: token shards, rows, ranking batches, the stream."""

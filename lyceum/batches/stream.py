@@ -1,0 +1,68 @@
+"""Which row comes when: row k of a run is a pure function of k and the seed, and so is every batch.
+
+The arithmetic is `lyceum.corpus.mixture`: parts by weight, every row of a part once an epoch, in a keyed order. What
+follows from it: a run is resumed by one integer, and rows a ... b are the same ones whether one rank takes them, or
+four ranks a quarter each.
+
+    stream = Stream(shards.parts, {"docs": 1.0, "code": 1.0}, seed)
+    batch = token_batch(shards, stream, start=step * rows_per_step, count=rows_per_step)
+
+Not here: what is in a row (`lyceum.batches.shards`), and conversations (`lyceum.batches.pack`).
+
+Shapes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from lyceum.batches.pack import TokenBatch
+from lyceum.batches.shards import Shards
+from lyceum.corpus.mixture import Mixture
+
+
+class Stream:
+    """An endless stream of rows from weighted parts, addressed by row number.
+
+    Args:
+        rows: part -> number of its rows, such as `Shards.parts`.
+        weights: part -> its weight in the mixture, on any scale; a part that is not named never comes.
+        seed: another seed, another order.
+
+    Raises:
+        DataError: no part has a weight, or one with a weight has no rows.
+    """
+
+    def __init__(self, rows: Mapping[str, int], weights: Mapping[str, float], seed: int) -> None:
+        self._mixture = Mixture(rows, weights, seed)
+
+    def at(self, k: int) -> tuple[str, int]:
+        """The part and the row in it that come as number k, counted from 0."""
+        place = self._mixture.at(k)
+        return place.source, place.index
+
+    def epochs(self, n: int) -> dict[str, float]:
+        """How many times the first n rows go through each part."""
+        return self._mixture.epochs(n)
+
+
+def token_batch(shards: Shards, stream: Stream, start: int, count: int) -> TokenBatch:
+    """Rows start ... start + count - 1 of the stream; every token but a row's first is a target of weight 1.
+
+    Args:
+        shards: the rows.
+        stream: their order, over the parts of `shards`.
+        start: the first row's number. A rank asks for its own piece of a step's rows.
+        count: rows, at least 1.
+
+    Returns:
+        A batch of `count` rows of ``shards.row_tokens + 1`` tokens, without pads.
+    """
+    rows = [shards.row(*stream.at(k)) for k in range(start, start + count)]
+    tokens_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
+    weights_BT = torch.ones(tokens_BT.shape, dtype=torch.float32)
+    weights_BT[:, 0] = 0.0
+    return TokenBatch(tokens_BT, weights_BT, torch.full((count,), tokens_BT.shape[1], dtype=torch.int64))
