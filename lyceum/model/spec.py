@@ -1,0 +1,204 @@
+"""The shape of a model, as data: `ModelSpec`, and how one number (`depth`) decides all the others.
+
+Why: every variant of the decoder is a value here, never a branch that grows in the model's code; and a reader who
+sets `[model] depth = 6` gets every derived width printed with its reason. The counts of parameters, of floating
+point operations and of memory are here too, because the plan, the report and the benchmark must agree on them.
+
+Run it: `lyceum plan RECIPE` prints the notes of `ModelConfig.derive`.
+What it is not: it holds no weights and imports no torch; learning rates and horizons are the stages' affair.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lyceum.config import setting
+from lyceum.errors import ConfigError
+
+WIDTH_STEP = 64  # widths of models that leave the house: llama.cpp's quantised blocks and every matmul kernel like it
+MAX_CONTEXT = 4096  # the longest context that from_depth gives by itself
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of one decoder of Qwen3's architecture.
+
+    `width` is D, `num_heads` H, `num_kv_heads` K, `head_width` E (H * E may differ from D, as in Qwen3-0.6B),
+    `ffn_width` the hidden width of the SwiGLU; `tied` shares the embedding with the output layer; `qk_norm` puts an
+    RMSNorm on every query and key head (without it the architecture is Llama's).
+    Raises ConfigError when the numbers do not fit together.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn_width: int
+    context_length: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tied: bool = True
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("tied", "qk_norm") and not value > 0:
+                raise ConfigError(f"model: {field.name} is {value}", hint=f"{field.name} must be above zero.")
+        if self.head_width % 2:
+            raise ConfigError(
+                f"model: head_width is {self.head_width}, an odd number",
+                hint="rotary positions turn pairs of numbers: choose an even head_width, usually 32, 64 or 128.",
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model: {self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly",
+                hint=f"choose num_kv_heads among the divisors of {self.num_heads}.",
+            )
+
+    @classmethod
+    def from_depth(cls, depth: int, *, vocab_size: int, **overrides: Any) -> tuple[ModelSpec, list[str]]:
+        """Derive a whole shape from the number of layers.
+
+        `overrides` are fields of ModelSpec; each one given replaces its step. Returns the spec and one printable,
+        numbered note a step. The one dial is nanochat's idea (its width is 64 * depth); the steps below bend it for
+        models of a few million parameters, where our own measurements say what a small machine bears.
+        """
+        notes: list[str] = []
+
+        def step(name: str, derived: Any, reason: str) -> Any:
+            given = overrides.pop(name, None)
+            value = derived if given is None else given
+            notes.append(f"{len(notes) + 1}. {name} = {value}: {reason if given is None else 'given in the recipe'}")
+            return value
+
+        num_layers = step("num_layers", depth, "the depth")
+        width = step(
+            "width",
+            _round_up(min(16 * depth**1.5, 128 * depth), WIDTH_STEP if depth < 16 else 2 * WIDTH_STEP),
+            "16 * depth^1.5, at most 128 * depth: 32 a layer at depth 4, where a wider model learned less in the same "
+            "minutes on two cores, rising as in GPT-3's table 2.1 (64 a layer at 12, 85 at 24, 128 at 96)",
+        )
+        usual_head = 32 if width <= 256 else 64 if width <= 1024 else 128
+        given_heads = overrides.get("num_heads")
+        head_width = step(
+            "head_width",
+            max(2, width // given_heads) if given_heads else usual_head,
+            "32 up to width 256 (on two cores heads of 64 were 9 % slower at width 128), 64 up to 1024 as in GPT-2, "
+            "128 above as in GPT-3's larger models; width / heads where the heads are given",
+        )
+        num_heads = step("num_heads", max(1, width // head_width), "width / head_width")
+        num_kv_heads = step("num_kv_heads", num_heads, "one for each head: a small model's cache is small as it is")
+        ffn_width = step(
+            "ffn_width",
+            _round_up(8 * width / 3, WIDTH_STEP),
+            f"8/3 of the width, so that SwiGLU's three matrices cost what two of 4 * width did (Shazeer 2020, "
+            f"section 2), up to a multiple of {WIDTH_STEP}",
+        )
+        context_length = step(
+            "context_length",
+            min(MAX_CONTEXT, 2 ** math.ceil(math.log2(64 * depth))),
+            f"64 * depth, up to a power of two, at most {MAX_CONTEXT}: at width 128 attention over 256 tokens already "
+            "costs what a layer's matrices do",
+        )
+        spec = cls(
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            width=width,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_width=head_width,
+            ffn_width=ffn_width,
+            context_length=context_length,
+            **overrides,
+        )
+        return spec, notes
+
+    def num_parameters(self) -> dict[str, int]:
+        """Count the weights: `embedding`, `head` (0 when tied), `matrices` of the layers, `norms`, and `total`."""
+        heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        attention = self.width * (2 * heads + 2 * kv_heads)
+        norms = 2 * self.width + (2 * self.head_width if self.qk_norm else 0)
+        counts = {
+            "embedding": self.vocab_size * self.width,
+            "head": 0 if self.tied else self.vocab_size * self.width,
+            "matrices": self.num_layers * (attention + 3 * self.width * self.ffn_width),
+            "norms": self.num_layers * norms + self.width,
+        }
+        return {**counts, "total": sum(counts.values())}
+
+    def flops_per_token(self, context_length: int | None = None) -> float:
+        """Floating point operations to train on one token: 6 a weight that multiplies, plus causal attention.
+
+        `context_length` is the length of the rows trained on, in tokens (default: the model's). A weight costs 2
+        operations forward and 4 backward; the embedding is looked up, so only the output layer counts. Attention over
+        a causal row reads T/2 keys on average, twice (scores and values), in every layer: 6 * L * H * E * T.
+        Source: Chowdhery et al. 2022 (PaLM), appendix B, halved there where ours is causal.
+        """
+        length = self.context_length if context_length is None else context_length
+        weights = self.num_parameters()["matrices"] + self.vocab_size * self.width
+        return 6.0 * weights + 6.0 * self.num_layers * self.num_heads * self.head_width * length
+
+    def training_memory_bytes(self, micro_tokens: int, *, state_per_weight: int = 2) -> int:
+        """Estimate the memory of training in fp32: weights, gradients, optimizer state, activations and logits.
+
+        `micro_tokens` is the number of tokens in one micro-batch; `state_per_weight` the optimizer's numbers for each
+        weight (AdamW 2, Muon 1). An estimate of what tensors take, without the interpreter's own memory (about
+        300 MB with torch on a CPU).
+        """
+        heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        per_layer = 6 * self.width + 4 * heads + 4 * kv_heads + 4 * self.ffn_width
+        numbers = self.num_parameters()["total"] * (2 + state_per_weight)
+        numbers += micro_tokens * (self.num_layers * per_layer + 2 * self.vocab_size)
+        return 4 * numbers
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The `[model]` table of a recipe; 0 leaves a number to be derived from the depth."""
+
+    depth: int = setting(4, "layers; every other number follows from it", low=1)
+    width: int = setting(0, f"width of the hidden states, a multiple of {WIDTH_STEP}; 0 derives it", low=0)
+    heads: int = setting(0, "attention heads; 0 derives it", low=0)
+    kv_heads: int = setting(0, "key/value heads, a divisor of heads; 0 makes them equal", low=0)
+    head_width: int = setting(0, "width of one head, even; 0 derives it", low=0)
+    ffn_width: int = setting(0, f"hidden width of the SwiGLU, a multiple of {WIDTH_STEP}; 0 derives it", low=0)
+    context_length: int = setting(0, "longest row in tokens; 0 derives it (256 at depth 4)", low=0)
+    tied: bool = setting(True, "share the embedding with the output layer")
+    rope_theta: float = setting(10000.0, "base of the rotary positions' wavelengths", low=1.0)
+
+    def derive(self, vocab_size: int) -> tuple[ModelSpec, list[str]]:
+        """Return the spec for a vocabulary of `vocab_size` tokens and the notes that explain it.
+
+        Raises ConfigError when a given number does not fit, or a width is not a multiple of 64.
+        """
+        for name in ("width", "ffn_width"):
+            if getattr(self, name) % WIDTH_STEP:
+                raise ConfigError(
+                    f"[model] {name} = {getattr(self, name)} is not a multiple of {WIDTH_STEP}",
+                    hint=f"use {_round_up(getattr(self, name), WIDTH_STEP)}, so that every runtime opens the checkpoint.",
+                )
+        given = {
+            "width": self.width,
+            "num_heads": self.heads,
+            "num_kv_heads": self.kv_heads,
+            "head_width": self.head_width,
+            "ffn_width": self.ffn_width,
+            "context_length": self.context_length,
+        }
+        overrides = {name: value for name, value in given.items() if value}
+        return ModelSpec.from_depth(
+            self.depth, vocab_size=vocab_size, tied=self.tied, rope_theta=self.rope_theta, **overrides
+        )
+
+    def spec(self, vocab_size: int) -> ModelSpec:
+        """Return the spec for a vocabulary of `vocab_size` tokens (see `derive`)."""
+        return self.derive(vocab_size)[0]
+
+
+def _round_up(value: float, step: int) -> int:
+    return max(step, math.ceil(value / step) * step)
