@@ -1,0 +1,282 @@
+"""Rollouts: replies sampled from a policy, where their reward comes from, and the tensors that a policy update needs.
+
+Why apart from `ppo.py`: every on-policy method samples, scores and re-computes log-probabilities in the same way, and
+peers' hardest bugs lie here (a sampler that is not the policy, padding counted as tokens, a score at the wrong index).
+
+Shapes: B episodes, T positions. The conventions are those of `lyceum.train.policy`: index t means "token t of the row".
+What it is not: it runs no training graph and updates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lyceum import dist
+from lyceum.batches.pack import pad
+from lyceum.engine.engine import Engine
+from lyceum.engine.sampling import SamplingParams, mix_seed
+from lyceum.engine.sequence import Output
+from lyceum.errors import TrainingError, UsageError
+from lyceum.log import log
+from lyceum.train import policy as algebra
+
+Ids = Sequence[int]
+Score = float | None
+
+
+@runtime_checkable
+class RewardSource(Protocol):
+    """Where rewards come from: a reward model, a checker, a queue of people, any function."""
+
+    def score(self, prompts: Sequence[Ids], responses: Sequence[Ids], meta: Sequence[dict[str, Any]]) -> list[Score]:
+        """One number for each response, or None for one that cannot be scored (its episode is dropped and counted).
+
+        Args:
+            prompts: prompt ids, ending where the response begins.
+            responses: response ids, the stop token included where the response has one.
+            meta: what the prompt's record says about it.
+        """
+        ...
+
+
+def score_function(source: RewardSource | Callable[..., list[Score]]) -> Callable[..., list[Score]]:
+    """The scoring function of a reward source, which may be a plain function itself."""
+    return source.score if isinstance(source, RewardSource) else source
+
+
+@dataclass
+class Rollout:
+    """Episodes as right-padded rows; everything is 0 outside `mask_BT`, the tokens that the policy chose.
+
+    tokens_BT: prompt and response, right-padded. lengths_B: real tokens of each row. number_B: the episode's number in
+    its iteration, over all ranks. ended_B: the response stopped by itself. score_B: after the missing-end rule.
+    sampled_BT: the sampler's log-probabilities; logp_old_BT: the training graph's; logp_ref_BT: the reference's.
+    """
+
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    lengths_B: Tensor
+    number_B: Tensor
+    ended_B: Tensor
+    score_B: Tensor
+    sampled_BT: Tensor
+    logp_old_BT: Tensor
+    logp_ref_BT: Tensor
+    entropy_BT: Tensor
+    value_old_BT: Tensor
+    advantage_BT: Tensor
+    return_BT: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Chosen tokens: the denominator of every mean over tokens."""
+        return int(self.mask_BT.sum())
+
+    def rows(self, indices: Sequence[int]) -> Rollout:
+        """These episodes, with the padding that their longest row needs."""
+        index = torch.as_tensor(list(indices), dtype=torch.long, device=self.tokens_BT.device)
+        longest = int(self.lengths_B[index].max()) if len(index) else 0
+        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        return Rollout(**{name: v[:, :longest] if v.dim() == 2 else v for name, v in chosen.items()})
+
+
+def make_rollout(
+    prompts: Sequence[Ids],
+    outputs: Sequence[Output],
+    scores: Sequence[float],
+    numbers: Sequence[int],
+    pad_id: int,
+    device: torch.device,
+) -> Rollout:
+    """Rows of prompt and reply with the sampler's log-probabilities; what the models say is filled in later."""
+    rows = [[*prompt, *output.ids] for prompt, output in zip(prompts, outputs, strict=True)]
+    tokens_BT, lengths_B = pad(rows, pad_id) if rows else (torch.zeros(0, 1, dtype=torch.long), torch.zeros(0).long())
+    starts_B = lengths_B - torch.tensor([len(output.ids) for output in outputs], dtype=torch.long)
+    positions_T = torch.arange(tokens_BT.shape[1])
+    mask_BT = (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
+    sampled_BT = torch.zeros(tokens_BT.shape)
+    sampled_BT[mask_BT] = torch.tensor([logprob for output in outputs for logprob in output.logprobs])
+    names = ("logp_old_BT", "logp_ref_BT", "entropy_BT", "value_old_BT", "advantage_BT", "return_BT")
+    rollout = Rollout(
+        tokens_BT,
+        mask_BT,
+        lengths_B,
+        torch.tensor(list(numbers), dtype=torch.long),
+        torch.tensor([output.finish == "stop" for output in outputs], dtype=torch.bool),
+        torch.tensor(list(scores), dtype=torch.float32),
+        sampled_BT,
+        **{name: torch.zeros(tokens_BT.shape) for name in names},
+    )
+    return Rollout(**{f.name: getattr(rollout, f.name).to(device) for f in fields(rollout)})
+
+
+def sample_replies(
+    engine: Engine,
+    prompts: Sequence[Ids],
+    numbers: Sequence[int],
+    *,
+    seed: int,
+    iteration: int,
+    temperature: float,
+    max_tokens: int,
+    stop_ids: tuple[int, ...],
+) -> list[Output]:
+    """One reply to each prompt from the unfiltered distribution softmax(logits / temperature).
+
+    The noise of a reply is a function of (seed, iteration, its number) and of the position, so it does not depend on
+    the rank, on batch mates, or on whether the run was resumed.
+    """
+    params = [
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            seed=mix_seed(seed, iteration, number),
+            logprobs=True,
+        )
+        for number in numbers
+    ]
+    return engine.generate(prompts, params)
+
+
+def score_replies(
+    score: Callable[..., list[Score]], prompts: Sequence[Ids], outputs: Sequence[Output], meta: Sequence[dict[str, Any]]
+) -> list[Score]:
+    """What the reward source says of each reply.
+
+    Raises:
+        UsageError: the source did not give one score for each reply, or gave one that is not finite.
+    """
+    scores = score(prompts, [output.ids for output in outputs], meta)
+    if len(scores) != len(outputs):
+        raise UsageError(
+            f"the reward source gave {len(scores)} scores for {len(outputs)} responses",
+            hint="return a list with one number, or None for what cannot be scored, for each response",
+        )
+    for number, value in enumerate(scores):
+        if value is not None and not abs(float(value)) < float("inf"):
+            raise UsageError(
+                f"the reward source gave {value} for response {number}", hint="return None for what cannot be scored"
+            )
+    return scores
+
+
+# ---------------------------------------------------------------- checks at the start of a run
+
+
+def largest_gap(one_BT: Tensor, other_BT: Tensor, mask_BT: Tensor) -> float:
+    """The largest absolute difference on the mask; 0 where it is empty."""
+    gap_BT = (one_BT - other_BT).detach().abs().masked_fill(~mask_BT, 0.0)
+    return float(gap_BT.max()) if gap_BT.numel() else 0.0
+
+
+def check_sampler(rollout: Rollout, tolerance: float) -> None:
+    """Raises TrainingError if the sampler's log-probabilities are not the training graph's, by more than `tolerance`."""
+    gap = largest_gap(rollout.sampled_BT, rollout.logp_old_BT, rollout.mask_BT)
+    if not gap <= tolerance:
+        raise TrainingError(
+            f"the sampler and the training graph disagree by {gap:.2g} nats on a token (allowed: {tolerance:.0e}): "
+            "every ratio and every KL of this run would be wrong",
+            hint="the engine must run the same weights, temperature and precision as training, without top-k or top-p "
+            "and without dropout; in low precision raise max_logprob_gap knowingly",
+        )
+
+
+def check_reference(rollout: Rollout, tolerance: float) -> None:
+    """Raises TrainingError if the policy, before its first update, is not the reference."""
+    gap = largest_gap(rollout.logp_old_BT, rollout.logp_ref_BT, rollout.mask_BT)
+    if not gap <= tolerance:
+        raise TrainingError(
+            f"before the first update the KL to the reference is not 0 (a token differs by {gap:.2g} nats)",
+            hint="policy and reference must be the same checkpoint, in the same precision, without dropout",
+        )
+
+
+def check_first_ratio(logp_BT: Tensor, rollout: Rollout, tolerance: float) -> None:
+    """Raises TrainingError if the ratio is not 1 in the first pass: the forward pass is random, or padded wrongly."""
+    gap = largest_gap(logp_BT, rollout.logp_old_BT, rollout.mask_BT)
+    if not gap <= tolerance:
+        raise TrainingError(
+            f"the first ratio is not 1: a log-probability moved by {gap:.2g} nats without an update",
+            hint="switch dropout off and keep the same precision in rollouts and updates",
+        )
+
+
+# ---------------------------------------------------------------- advantages and figures
+
+
+def global_moments(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """`moment_sums` over all ranks."""
+    sums = algebra.moment_sums(value_BT, mask_BT)
+    dist.sum_tensors(sums)
+    return sums
+
+
+def estimate(rollout: Rollout, beta: float, gamma: float, lam: float, *, whiten_rewards: bool = False) -> Tensor:
+    """Fills in returns and advantages, whitened over the whole iteration and all ranks; gives back kl_BT (k1).
+
+    Source: Ouyang et al. 2022, eq. 2; checklist items 15, 16, 19, 22, 23.
+    """
+    mask_BT = rollout.mask_BT
+    kl_BT = algebra.kl_estimate(rollout.logp_old_BT, rollout.logp_ref_BT, "k1")
+    reward_BT = algebra.token_rewards(kl_BT, mask_BT, rollout.score_B, beta)
+    if whiten_rewards:
+        reward_BT = algebra.masked_whiten(reward_BT, mask_BT, global_moments(reward_BT, mask_BT), shift_mean=False)
+    advantage_BT, rollout.return_BT = algebra.gae(reward_BT, rollout.value_old_BT, mask_BT, gamma, lam)
+    rollout.advantage_BT = algebra.masked_whiten(advantage_BT, mask_BT, global_moments(advantage_BT, mask_BT))
+    return kl_BT
+
+
+def figures(rollout: Rollout, kl_BT: Tensor, beta: float, num_dropped: int) -> dict[str, float]:
+    """What an iteration's episodes look like, over all ranks, masked, under the field's names (checklist 2.7).
+
+    KL and entropy are sums over a response's tokens, in nats, averaged over episodes. Warns when the KL is negative by
+    more than chance allows.
+    """
+    mask_BT, score_B = rollout.mask_BT, rollout.score_B.double()
+    kl_B = kl_BT.double().masked_fill(~mask_BT, 0.0).sum(1)
+    gap_BT = (rollout.sampled_BT - rollout.logp_old_BT).abs()
+    total = dist.sum_numbers(
+        {
+            "episodes": float(len(score_B)),
+            "tokens": float(rollout.num_tokens),
+            "dropped": float(num_dropped),
+            "kl": float(kl_B.sum()),
+            "kl_square": float(kl_B.square().sum()),
+            "entropy": float(algebra.masked_sum(rollout.entropy_BT, mask_BT)),
+            "score": float(score_B.sum()),
+            "score_square": float(score_B.square().sum()),
+            "ended": float(rollout.ended_B.sum()),
+            "gap": float(algebra.masked_sum(gap_BT, mask_BT)),
+        }
+    )
+    residual = global_moments(rollout.return_BT - rollout.value_old_BT, mask_BT)
+    explained = algebra.explained_variance(residual, global_moments(rollout.return_BT, mask_BT))
+    n, tokens = max(total["episodes"], 1.0), max(total["tokens"], 1.0)
+    kl, score = total["kl"] / n, total["score"] / n
+    kl_error = (max(total["kl_square"] / n - kl * kl, 0.0) / n) ** 0.5
+    if kl < -3 * kl_error - 1e-3:
+        log.warning(
+            f"the KL to the reference is negative ({kl:.3f} nats per response, standard error {kl_error:.3f}): over "
+            "many samples it cannot be, unless replies are not drawn from the policy that is being trained"
+        )
+    return {
+        "objective/kl": kl,
+        "objective/kl_per_token": total["kl"] / tokens,
+        "objective/kl_coef": beta,
+        "objective/entropy": total["entropy"] / n,
+        "objective/scores": score,
+        "objective/scores_std": max(total["score_square"] / n - score * score, 0.0) ** 0.5,
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": score - beta * kl,
+        "val/var_explained": explained,
+        "tokens/response_length": total["tokens"] / n,
+        "tokens/end_rate": total["ended"] / n,
+        "rollout/unscorable": total["dropped"],
+        "rollout/logprob_gap": total["gap"] / tokens,
+    }

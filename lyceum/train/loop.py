@@ -1,0 +1,402 @@
+"""The only training loop: it turns any Stage into updated weights, a checkpoint and a report.
+
+Why one: accumulation, ranks, clipping, schedules, logging, saving and resuming are where training goes quietly wrong,
+so they exist once. What a stage is, says `lyceum.train.stage`.
+
+Run by: `run_stage(stage, work)`, the last line of every stage's `run`.
+
+Guarantees, each with a test in `tests/train/test_loop.py`:
+
+- The gradient is that of the sum over terms of weight * total / count, with counts over all micro-batches and ranks:
+  cutting a step into other micro-batches, or over other ranks, changes rounding only.
+- A run that was killed at any moment and started again has the same losses bit for bit, on the same machine, versions
+  and threads.
+- A loss or gradient that is not finite, or a term with nothing to learn from, is a TrainingError before any weight is
+  touched; the last saved state stands.
+
+The trainer state is one safetensors file, replaced atomically: weights, optimizer, running average, torch's random
+numbers, and as JSON in its header the step, the totals so far and `stage.state_dict()`.
+
+What it is not: a home for algorithms (no `if` here knows a stage), nor for sharded models. The random state of a GPU is
+not saved, because nothing that trains here draws from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lyceum import dist
+from lyceum.device import pick_device
+from lyceum.errors import CheckpointError, RunError, TrainingError
+from lyceum.log import Metrics, log, progress, show_number, show_time
+from lyceum.run import Work, disk_errors, write_json
+from lyceum.train.optim import Learner, schedule
+from lyceum.train.stage import Stage, Step
+
+# Keys of a metrics line that depend on the clock; everything else is the same in a resumed run.
+TIMINGS = ("seconds", "tokens_per_s")
+
+Sums = dict[str, list[float]]  # name -> [total, count]
+
+
+def run_stage(stage: Stage[Any], work: Work) -> dict[str, Any]:
+    """Trains `stage` in `work.folder` from where it stands to its end.
+
+    Returns:
+        The report: line, steps, tokens, seconds, tokens_per_s, final (last metrics and validation), and what
+        `stage.report` adds. A run that had finished already is not loaded again: its report is returned as it was.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite, or a loss term has nothing to learn from.
+        RunError: the saved state belongs to other settings.
+    """
+    finished = work.folder.trainer / "finished.json"
+    if finished.exists():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    report = _Loop(stage, work).run()
+    if dist.is_main():
+        write_json(finished, report)
+    dist.barrier()
+    return report
+
+
+class _Loop:
+    """One run of one stage."""
+
+    def __init__(self, stage: Stage[Any], work: Work) -> None:
+        self.stage, self.work, self.config = stage, work, stage.config
+        self.metrics, self.samples = Metrics(work.folder.metrics), Metrics(work.folder.samples)
+        self.done = 0  # updates made
+        self.tokens = 0  # over all ranks
+        self.seconds = 0.0  # of training, over all attempts; validation and saving not counted
+        self.final: dict[str, float] = {}  # the last value of every metric
+        self.saved_at = 0
+
+    # -------------------------------------------------------------------------------- the run
+
+    def run(self) -> dict[str, Any]:
+        stage = self.stage
+        torch.manual_seed(self.work.seed)
+        stage.device = pick_device()
+        stage.origin = {"recipe": self.work.recipe.name, "section": self.work.folder.path.name, "seed": self.work.seed}
+        stage.start(self.work)
+        self._check_start()
+        for trained in stage.trained.values():
+            trained.module.to(stage.device).train()
+        for module in stage.frozen.values():
+            module.to(stage.device).eval().requires_grad_(False)
+        self.learners = {n: Learner(t.module, t.optimizer, self.config.ema) for n, t in stage.trained.items()}
+        self._restore()
+        self.metrics.cut_back(self.done)
+        self.samples.cut_back(self.done)
+        self._train()
+        self._save_model()
+        return self._report()
+
+    def _check_start(self) -> None:
+        if self.stage.num_steps < 1 or not self.stage.trained:
+            raise TrainingError(
+                f"{self.stage.kind}: there is not one step to train",
+                hint="give it more data or more tokens, or a smaller batch_tokens",
+            )
+
+    def _train(self) -> None:
+        stage, num_steps = self.stage, self.stage.num_steps
+        snapshots = {max(1, round(share * num_steps)): share for share in self.config.snapshots}
+        if self.done == num_steps or stage.stop:
+            return
+        iterator = stage.steps(self.done)
+        since_tokens, since_seconds = self.tokens, self.seconds
+        with progress(num_steps, stage.kind, unit="step", done=self.done) as bar:
+            while self.done < num_steps and not stage.stop:
+                begun = time.perf_counter()
+                step = next(iterator, None)
+                assert step is not None, f"{stage.kind}: steps() ended after {self.done} of {num_steps} steps"
+                logs = self.done == 0 or self.done + 1 == num_steps or (self.done + 1) % self.config.log_every == 0
+                values = self._update(step, is_logged=logs)
+                values.update(stage.after_step(values))
+                self.done += 1
+                self.tokens += step.tokens
+                self.seconds += time.perf_counter() - begun
+                speed = (self.tokens - since_tokens) / max(self.seconds - since_seconds, 1e-9)
+                shown = {stage.headline: values[stage.headline]} if stage.headline in values else {}
+                bar.update(1, **shown, **{"tok/s": speed})
+                is_last = self.done == num_steps or stage.stop
+                validates = is_last or self.done % (self.config.validate_every or num_steps) == 0
+                if validates:
+                    values.update(self._validate())
+                if logs or validates:
+                    values.update(tokens=self.tokens, seconds=self.seconds, tokens_per_s=speed)
+                    self.metrics.write(self.done, values)
+                    self.final.update(values)
+                    since_tokens, since_seconds = self.tokens, self.seconds
+                if self.done in snapshots:
+                    self._save_model(f"snapshot-{snapshots[self.done]:.2f}")
+                if is_last or (step.can_resume and self._save_is_due()):
+                    self._save()
+
+    def _save_is_due(self) -> bool:
+        return self.config.save_every > 0 and self.done - self.saved_at >= self.config.save_every
+
+    # -------------------------------------------------------------------------------- one step
+
+    def _update(self, step: Step[Any], *, is_logged: bool) -> dict[str, float]:
+        """One optimizer update; returns the step's metrics over all ranks."""
+        counts = self._counts(step)
+        self.stage.before_step(step)
+        # Every rank brings its part of each count, so that the sums over ranks are total and count.
+        sums = {f"loss/{term}": [0.0, count / dist.world_size()] for term, count in counts.items()}
+        sums["loss"] = [0.0, 1.0 / dist.world_size()]
+        if is_logged and len(counts) > 1:
+            norms = self._backward_by_term(step, counts, sums)
+        else:
+            norms = self._backward(step, counts, sums)
+        values = {name: total / count for name, (total, count) in _sum_pairs(sums).items() if count}
+        module_norms = {name: float(learner.gradient.norm()) for name, learner in self.learners.items()}
+        self._check_finite(values, module_norms)
+        if len(counts) == 1:
+            norms = {term: math.hypot(*module_norms.values()) for term in counts}
+        factor = self._factor()
+        for name, learner in self.learners.items():
+            limit = self.stage.trained[name].clip_norm
+            if 0 < limit < module_norms[name]:
+                learner.gradient.mul_(limit / module_norms[name])
+            learner.update(factor)
+            values[f"lr/{name}"] = factor * learner.settings.lr
+            if learner.settings.matrix_lr:
+                values[f"matrix_lr/{name}"] = factor * learner.settings.matrix_lr
+        values.update({f"grad_norm/{term}": norm for term, norm in norms.items()})
+        values.update({f"module_grad_norm/{name}": norm for name, norm in module_norms.items()})
+        return values
+
+    def _counts(self, step: Step[Any]) -> dict[str, float]:
+        """Term -> number of its units in this step, over micro-batches and ranks; none is 0."""
+        sums: Sums = {}
+        for micro_batch in step.micro_batches:
+            for term, count in self.stage.counts(micro_batch).items():
+                _add(sums, term, count, 0.0)
+        counts = {term: total for term, (total, _) in _sum_pairs(sums).items()}
+        empty = [term for term, count in counts.items() if not count > 0]
+        if empty or not counts:
+            what = f"has nothing to learn from for {', '.join(empty)}" if empty else "is empty"
+            raise TrainingError(
+                f"{self.stage.kind}: step {self.done + 1} {what} (no target has weight)",
+                hint="see whether the data hold what this stage learns from, and whether it fits into the row length",
+            )
+        return counts
+
+    def _backward(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
+        """Leaves the gradient of the whole loss, summed over ranks, in every learner's `gradient`."""
+        for learner in self.learners.values():
+            learner.gradient.zero_()
+            learner.accumulate_in(learner.gradient)
+        for micro_batch in step.micro_batches:
+            first, *others = self._losses(micro_batch, counts, sums).values()
+            sum(others, first).backward()
+        dist.sum_tensors(*[learner.gradient for learner in self.learners.values()])
+        return {}
+
+    def _backward_by_term(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
+        """Leaves the same gradient, and returns term -> norm of that term's part of it, over all trained modules."""
+        parts = {(t, n): torch.zeros_like(learner.gradient) for t in counts for n, learner in self.learners.items()}
+        for micro_batch in step.micro_batches:
+            losses = self._losses(micro_batch, counts, sums)
+            for number, (term, loss) in enumerate(losses.items(), start=1):
+                for name, learner in self.learners.items():
+                    learner.accumulate_in(parts[term, name])
+                loss.backward(retain_graph=number < len(losses))
+        dist.sum_tensors(*parts.values())
+        for name, learner in self.learners.items():
+            torch.sum(torch.stack([parts[term, name] for term in counts]), 0, out=learner.gradient)
+        return {t: math.hypot(*(float(parts[t, name].norm()) for name in self.learners)) for t in counts}
+
+    def _losses(self, micro_batch: Any, counts: dict[str, float], sums: Sums) -> dict[str, Tensor]:
+        """Term -> its differentiable share of the step's loss; totals and metrics are added to `sums`."""
+        terms, metrics = self.stage.loss(micro_batch)
+        assert terms and terms.keys() <= counts.keys(), f"{self.stage.kind}: counts() and loss() name other terms"
+        losses = {name: term.total * (term.weight / counts[name]) for name, term in terms.items()}
+        for name, loss in losses.items():
+            _add(sums, f"loss/{name}", terms[name].total, 0.0)
+            _add(sums, "loss", loss, 0.0)
+        for name, (total, count) in metrics.items():
+            _add(sums, name, total, count)
+        return losses
+
+    def _check_finite(self, values: dict[str, float], module_norms: dict[str, float]) -> None:
+        wrong = [name for name, value in values.items() if name.startswith("loss") and not math.isfinite(value)]
+        wrong += [f"the gradient of {name}" for name, norm in module_norms.items() if not math.isfinite(norm)]
+        if wrong:
+            kept = f"the state saved after step {self.saved_at} stands" if self.saved_at else "no state was saved yet"
+            raise TrainingError(
+                f"{self.stage.kind}: not a finite number at step {self.done + 1}: {', '.join(wrong)}; {kept}",
+                hint="lower the learning rates (lr, matrix_lr) or raise warmup; metrics.jsonl shows the steps before",
+            )
+
+    def _factor(self) -> float:
+        config = self.config
+        middle = (self.done + 0.5) / self.stage.num_steps  # of this step: no step is wasted on a rate of 0
+        shape = {"warmup": config.warmup, "decay": config.decay, "final": config.final_lr}
+        return schedule(middle, shape=config.decay_shape, **shape)
+
+    # -------------------------------------------------------------------------------- beside the steps
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the trained modules are in eval mode, hold their running average if there is one, and torch's
+        random numbers drawn do not count."""
+        for learner in self.learners.values():
+            learner.swap()
+            learner.module.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for learner in self.learners.values():
+                learner.swap()
+                learner.module.train()
+
+    def _validate(self) -> dict[str, float]:
+        with self._averaged():
+            with torch.no_grad():
+                numbers = self.stage.validate()
+            if dist.is_main():
+                for row in self.stage.samples():
+                    self.samples.write(self.done, row)
+        return {f"valid/{name}": float(value) for name, value in numbers.items()}
+
+    def _save_model(self, snapshot: str = "") -> None:
+        results = {name: value for name, value in self.final.items() if name.startswith("valid/")}
+        self.stage.origin |= {"step": self.done, "results": results}
+        with self._averaged():
+            if dist.is_main():
+                self.stage.save(self.work.folder.path, snapshot)
+            dist.barrier()
+
+    def _report(self) -> dict[str, Any]:
+        stage, final = self.stage, self.final
+        headline = f"{stage.headline} {show_number(final[stage.headline])}, " if stage.headline in final else ""
+        line = f"{stage.kind}: {headline}{self.done:,} steps, {self.tokens:,} tokens in {show_time(self.seconds)}"
+        totals = {"steps": self.done, "tokens": self.tokens, "seconds": self.seconds}
+        speed = {"tokens_per_s": self.tokens / max(self.seconds, 1e-9)}
+        return {"line": line, **totals, **speed, "final": final, **stage.report(final)}
+
+    # -------------------------------------------------------------------------------- saving and resuming
+
+    def _save(self) -> None:
+        """Writes the trainer state; every rank takes part, rank 0 writes."""
+        tensors: dict[str, Tensor] = {}
+        for name, learner in self.learners.items():
+            tensors.update({f"{name}/{key}": value for key, value in learner.state_tensors().items()})
+        stage_state = self.stage.state_dict()
+        tensors.update({f"stage/{key}": value for key, value in stage_state.items() if isinstance(value, Tensor)})
+        tensors["random"] = _random_states()
+        header = {
+            "step": self.done,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "final": self.final,
+            "stop": self.stage.stop,
+            "stage": {key: value for key, value in stage_state.items() if not isinstance(value, Tensor)},
+            "settings": self._settings(),
+            "environment": _environment(),
+        }
+        if dist.is_main():
+            _write_state(self.work, tensors, header)
+        self.saved_at = self.done
+        dist.barrier()
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a saved state to be gone on with."""
+        values = {**dataclasses.asdict(self.config), "seed": self.work.seed, "num_steps": self.stage.num_steps}
+        return json.loads(json.dumps(values, default=str))
+
+    def _restore(self) -> None:
+        """Goes on from the saved trainer state, if there is one."""
+        path = self.work.folder.trainer / "state.safetensors"
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["lyceum"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            hint = "remove this file to train from the start"
+            raise CheckpointError(f"{path} cannot be read: {error}", hint=hint) from error
+        if header["settings"] != self._settings():
+            changed = [k for k, v in self._settings().items() if header["settings"].get(k, v) != v]
+            raise RunError(
+                f"{path} was made with other settings ({', '.join(changed)})",
+                hint="give them back their old values, or move the folder away to train from the start",
+            )
+        for key, now in _environment().items():
+            if header["environment"].get(key) != now:
+                change = f"{key} {now} instead of {header['environment'].get(key)}"
+                log.warning(f"{self.stage.kind} goes on with {change}: losses may differ in their last digits")
+        for name, learner in self.learners.items():
+            learner.load_state_tensors(_below(f"{name}/", tensors))
+        self.stage.load_state_dict({**header["stage"], **_below("stage/", tensors)})
+        self.stage.stop = header["stop"]
+        self.done = self.saved_at = header["step"]
+        self.tokens, self.seconds, self.final = header["tokens"], header["seconds"], header["final"]
+        torch.set_rng_state(tensors["random"][dist.rank() % len(tensors["random"])].clone())
+        log.info(f"{self.stage.kind}: going on after step {self.done} of {self.stage.num_steps}")
+
+
+def _write_state(work: Work, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    path = work.folder.trainer / "state.safetensors"
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # clone: fused optimizers and tied views may share storage, which the format does not allow
+        held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(held, partial, metadata={"lyceum": json.dumps(header)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _environment() -> dict[str, Any]:
+    """What the last bits of a sum depend on."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "ranks": dist.world_size()}
+
+
+def _random_states() -> Tensor:
+    """Every rank's state of torch's generator, one a row, on every rank."""
+    own = torch.get_rng_state()
+    rows = torch.zeros(dist.world_size(), len(own), dtype=torch.int32)
+    rows[dist.rank()] = own.to(torch.int32)
+    dist.sum_tensors(rows)
+    return rows.to(torch.uint8)
+
+
+def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:
+    pair = sums.setdefault(name, [0.0, 0.0])
+    pair[0] += float(total.detach()) if isinstance(total, Tensor) else float(total)
+    pair[1] += float(count)
+
+
+def _sum_pairs(sums: Sums) -> dict[str, tuple[float, float]]:
+    """Adds totals and counts over ranks, which may know different names; sorted by name."""
+    names = set(sums)
+    if dist.world_size() > 1:
+        gathered: list[Any] = [None] * dist.world_size()
+        torch.distributed.all_gather_object(gathered, sorted(names))
+        names = {name for known in gathered for name in known}
+    both = dist.sum_numbers({f"{i}{name}": sums.get(name, (0.0, 0.0))[i] for name in sorted(names) for i in (0, 1)})
+    return {name: (both[f"0{name}"], both[f"1{name}"]) for name in sorted(names)}

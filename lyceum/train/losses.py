@@ -1,0 +1,139 @@
+"""Next-token cross-entropy, computed in chunks and only where a target has weight.
+
+Why: at a vocabulary of a few thousand pieces the logits are the largest tensor of a step, and in fine-tuning most
+tokens are prompt, whose logits nobody needs. So hidden rows are gathered first, logits are made a chunk at a time, and
+the gradient is computed in the forward pass, while a chunk's softmax is still in the cache; no chunk is kept.
+
+Run by: pretraining, fine-tuning and PPO's pretraining mix, through `next_token_loss`.
+
+What it is not: log-probabilities with a gradient per token (those are in `lyceum.train.policy`); it is not
+differentiable twice.
+
+Shapes: B batch, T time, D width, V vocabulary, N positions with weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lyceum import dist
+from lyceum.train.stage import Metrics
+
+if TYPE_CHECKING:
+    from lyceum.batches.pack import TokenBatch
+
+# One chunk of logits is about 2 MB in fp32: larger ones leave the cache, smaller ones starve the matrix product.
+_CHUNK_LOGITS = 1 << 19
+_MIN_CHUNK_ROWS = 128
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """(hidden_ND, head_VD, targets_N, weights_N) -> (sum of weight * -log p(target), number of argmax hits)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        num_rows, vocab_size = len(hidden_ND), len(head_VD)
+        chunk_rows = min(max(num_rows, 1), max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // vocab_size))
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD) if needs_head else None
+        total = torch.zeros((), dtype=hidden_ND.dtype, device=hidden_ND.device)
+        hits = torch.zeros((), dtype=torch.long, device=hidden_ND.device)
+        buffer = hidden_ND.new_empty(chunk_rows, vocab_size)
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, num_rows))
+            targets_C1, weights_C1 = targets_N[rows, None], weights_N[rows, None]
+            logp_CV = torch.mm(hidden_ND[rows], head_VD.t(), out=buffer[: len(targets_C1)])
+            torch.log_softmax(logp_CV, 1, out=logp_CV)
+            chosen_C1 = logp_CV.gather(1, targets_C1)
+            total -= (chosen_C1 * weights_C1).sum()
+            hits += (chosen_C1 == logp_CV.amax(1, keepdim=True)).sum()
+            if not (needs_hidden or needs_head):
+                continue
+            # d loss / d logits = weight * (softmax - onehot)
+            dlogits_CV = logp_CV.exp_().scatter_add_(1, targets_C1, torch.full_like(chosen_C1, -1.0)).mul_(weights_C1)
+            if grad_hidden_ND is not None:
+                torch.mm(dlogits_CV, head_VD, out=grad_hidden_ND[rows])
+            if grad_head_VD is not None:
+                grad_head_VD.addmm_(dlogits_CV.t(), hidden_ND[rows])
+        ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # Out of place: a logging step goes through here once per term with the same saved tensors.
+        grads = [None if grad is None else grad * grad_total for grad in ctx.saved_tensors]
+        return grads[0], grads[1], None, None
+
+
+def cross_entropy_sum(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of cross-entropies in nats, without ever holding all logits.
+
+    Args:
+        hidden_ND: final hidden states of the positions that predict.
+        head_VD: output embedding (the tied input embedding, or lm_head.weight).
+        targets_N: the token each position should predict.
+        weights_N: loss weight of each target; no gradient flows to it.
+
+    Returns:
+        (sum of weight * -log p(target), differentiable; number of targets that were the most likely token).
+    """
+    total, hits = _CrossEntropySum.apply(hidden_ND, head_VD, targets_N, weights_N)
+    return total, hits
+
+
+def next_token_loss(model: Any, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, float, Metrics]:
+    """Cross-entropy of every weighted token given its prefix.
+
+    Args:
+        model: a Decoder: `model(tokens_BT) -> hidden_BTD` and `model.output_weight`, (V, D).
+        tokens_BT: right-padded rows of ids.
+        weights_BT: weights_BT[b, t] is the loss weight of token t as target; column 0 is ignored (it has no prefix).
+
+    Returns:
+        (weighted sum in nats, differentiable; sum of the weights; metrics: token_accuracy as (hits, targets)).
+    """
+    head_VD: Tensor = model.output_weight
+    tokens_BT, weights_BT = tokens_BT.to(head_VD.device), weights_BT.to(head_VD.device)
+    hidden_ND = model(tokens_BT[:, :-1]).flatten(0, 1)
+    targets_N, weights_N = tokens_BT[:, 1:].flatten(), weights_BT[:, 1:].flatten().to(hidden_ND.dtype)
+    kept = weights_N.nonzero().squeeze(1)
+    if len(kept) < len(weights_N):
+        hidden_ND, targets_N, weights_N = hidden_ND.index_select(0, kept), targets_N[kept], weights_N[kept]
+    total, hits = cross_entropy_sum(hidden_ND, head_VD, targets_N, weights_N)
+    return total, float(weights_N.sum()), {"token_accuracy": (hits.to(total.dtype), float(len(kept)))}
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """Loss and accuracy over all batches and ranks; each rank takes its share of the batches.
+
+    Returns:
+        loss: nats per unit of weight; accuracy: share of the targets that were the most likely token; targets: sum of
+        the weights. Empty if no batch has a target.
+    """
+    sums = {"total": 0.0, "weight": 0.0, "hits": 0.0, "targets": 0.0}
+    for batch in dist.share(batches):
+        total, weight, metrics = next_token_loss(model, batch.tokens_BT, batch.weights_BT)
+        hits, targets = metrics["token_accuracy"]
+        for name, value in zip(sums, (total, weight, hits, targets), strict=True):
+            sums[name] += float(value)
+    sums = dist.sum_numbers(sums)
+    if not sums["targets"]:
+        return {}
+    return {
+        "loss": sums["total"] / sums["weight"],
+        "accuracy": sums["hits"] / sums["targets"],
+        "targets": sums["weight"],
+    }

@@ -1,0 +1,221 @@
+"""Optimizers and schedules: Muon for the matrices inside layers, AdamW for everything else.
+
+Muon (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024): the momentum of a matrix is
+replaced by the nearest orthogonal matrix, approximately, by five steps of a quintic Newton-Schulz iteration. Ours runs
+in the parameters' own precision (bf16 products are slower on a CPU than fp32 ones), and matrices of equal shape are
+stacked and orthogonalised by one batched product per step.
+
+The update is scaled by sqrt(max(1, rows / cols)), as in the original post; so matrix_lr means what it means there
+(0.02 to 0.05 for small models). The other scale in use, 0.2 * sqrt(max(rows, cols)) (arXiv 2502.16982), is not offered.
+
+Weight decay is decoupled (arXiv 1711.05101) and acts on the matrices inside layers only.
+
+What it is not: sharded. Under FSDP a matrix must be gathered before it is orthogonalised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The quintic's coefficients (a, b, c): chosen in the post for the steepest slope at zero, so singular values end
+# in about [0.7, 1.2] rather than at exactly 1.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How one trained module is updated.
+
+    lr: peak learning rate of AdamW. matrix_lr: peak of Muon for the matrices inside layers; 0 = these use AdamW at lr.
+    weight_decay: of the matrices inside layers. betas, eps: AdamW's. momentum: Muon's.
+    """
+
+    lr: float
+    matrix_lr: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.95
+
+
+def schedule(progress: float, *, warmup: float, decay: float, shape: str, final: float) -> float:
+    """Learning rate as a share of its peak: a linear rise, a plateau, then a fall to `final`.
+
+    Args:
+        progress: position in the run, in [0, 1].
+        warmup: share of the run that rises; decay: share of the run, at its end, that falls (decay = 1 with "cosine"
+            is the usual cosine without a plateau).
+        shape: "linear" or "cosine"; final: the share of the peak at progress 1.
+    """
+    rise = progress / warmup if progress < warmup else 1.0
+    fallen = min(1.0, max(0.0, (progress - (1.0 - decay)) / decay)) if decay > 0 else 0.0
+    if shape == "cosine":
+        fallen = (1.0 - math.cos(math.pi * fallen)) / 2.0
+    return rise * (1.0 - (1.0 - final) * fallen)
+
+
+@torch.no_grad()
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Moves every singular value of each matrix near 1, keeping its singular vectors, by Newton-Schulz steps.
+
+    Args:
+        matrices: (N, rows, cols) in any floating type; all-zero matrices stay zero.
+
+    Returns:
+        A new tensor of the same shape. Source: Jordan 2024, X <- a X + (b A + c A A) X with A = X X^T.
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrices.size(1) > matrices.size(2)
+    x = matrices.transpose(1, 2) if is_tall else matrices  # the short side first: the smaller A
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7).view(-1, 1, 1)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.transpose(1, 2) if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised; for 2-D parameters only.
+
+    Args:
+        params: matrices (rows, cols); those of one shape are updated in one batch.
+        lr: learning rate; weight_decay: decoupled; momentum: Nesterov's.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.ndim == 2, f"Muon takes matrices, got a shape of {tuple(parameter.shape)}"
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the parameters' .grad."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                self._update(shape, parameters, group["lr"], group["weight_decay"], group["momentum"])
+
+    def _update(
+        self, shape: torch.Size, parameters: list[nn.Parameter], lr: float, decay: float, momentum: float
+    ) -> None:
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
+        nesterov = torch._foreach_lerp(grads, buffers, momentum)
+        updates = orthogonalise(torch.stack(list(nesterov)))
+        if decay:
+            torch._foreach_mul_(tuple(parameters), 1.0 - lr * decay)
+        torch._foreach_add_(tuple(parameters), list(updates), alpha=-lr * math.sqrt(max(1.0, shape[0] / shape[1])))
+
+
+class Learner:
+    """One module while it is trained: its flat gradient, its optimizers and the running average of its weights.
+
+    Args:
+        module: its parameters that require a gradient are trained; all of one floating type.
+        settings: peak learning rates and the rest.
+        average_decay: decay of the running average of the weights; 0 = none is kept.
+    """
+
+    def __init__(self, module: nn.Module, settings: OptimizerSettings, average_decay: float = 0.0) -> None:
+        self.module, self.settings, self.average_decay = module, settings, average_decay
+        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
+        self.average = [p.detach().clone() for p in self.parameters] if average_decay else []
+        first = self.parameters[0]
+        self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
+        self._optimizers = self._build()
+
+    def _build(self) -> list[tuple[torch.optim.Optimizer, float]]:
+        """The optimizers, each with its peak learning rate."""
+        settings = self.settings
+        matrices = [p for name, p in self.named.items() if is_layer_matrix(name, p)]
+        others = [p for name, p in self.named.items() if not is_layer_matrix(name, p)]
+        optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        groups = [{"params": others, "weight_decay": 0.0}]
+        if settings.matrix_lr > 0 and matrices:
+            muon = Muon(matrices, settings.matrix_lr, settings.weight_decay, settings.momentum)
+            optimizers.append((muon, settings.matrix_lr))
+        else:
+            groups.append({"params": matrices, "weight_decay": settings.weight_decay})
+        groups = [group for group in groups if group["params"]]
+        if groups:
+            adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+            optimizers.append((adamw, settings.lr))
+        return optimizers
+
+    def accumulate_in(self, flat: Tensor) -> None:
+        """Makes every parameter's .grad a view of `flat`, so that backward passes add to what stands there."""
+        views = flat.split([p.numel() for p in self.parameters])
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.grad = view.view_as(parameter)
+
+    def update(self, factor: float) -> None:
+        """One update from `self.gradient` at `factor` times the peak learning rates; then the running average."""
+        self.accumulate_in(self.gradient)
+        for optimizer, peak in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+        if self.average:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, tuple(self.parameters), 1.0 - self.average_decay)
+
+    def swap(self) -> None:
+        """Exchanges the weights and their running average, if there is one."""
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average, strict=False):
+                kept = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything needed to go on: parameters (tied ones once) and persistent buffers, optimizer state, average."""
+        held = {f"weights/{name}": tensor for name, tensor in self._weights().items()}
+        held.update({f"average/{name}": tensor for name, tensor in zip(self.named, self.average, strict=False)})
+        for name, parameter in self.named.items():
+            for optimizer, _ in self._optimizers:
+                if parameter in optimizer.state:
+                    held.update({f"optimizer/{name}/{key}": v for key, v in optimizer.state[parameter].items()})
+        return held
+
+    def load_state_tensors(self, held: Mapping[str, Tensor]) -> None:
+        """Takes back what `state_tensors` gave (copied)."""
+        with torch.no_grad():
+            for name, tensor in self._weights().items():
+                tensor.copy_(held[f"weights/{name}"])
+            for name, average in zip(self.named, self.average, strict=False):
+                average.copy_(held[f"average/{name}"])
+        owners: dict[int, torch.optim.Optimizer] = {}
+        for optimizer, _ in self._optimizers:
+            owners.update({id(p): optimizer for group in optimizer.param_groups for p in group["params"]})
+        for full_name, value in held.items():
+            if full_name.startswith("optimizer/"):
+                name, key = full_name.removeprefix("optimizer/").rsplit("/", 1)
+                parameter = self.named[name]
+                owners[id(parameter)].state[parameter][key] = value.clone()
+
+    def _weights(self) -> dict[str, Tensor]:
+        persistent = self.module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+        return {**{name: parameter.detach() for name, parameter in self.module.named_parameters()}, **buffers}
+
+
+def is_layer_matrix(name: str, parameter: Tensor) -> bool:
+    """True for the 2-D weights inside layers: not embeddings, output heads, score heads or norms."""
+    return parameter.ndim == 2 and "layers" in name.split(".")

@@ -1,0 +1,396 @@
+"""Token algebra: the pure functions that reward modelling, PPO and its relatives are made of.
+
+Why: what differs between these methods is small (where the scalar comes from, how it becomes a weight per token, which
+surrogate is used), and every mistake peers made here was a mask, an index or a mean. So each step is one function over
+tensors with an explicit mask, and each has a known-answer test in `tests/train/test_policy.py`.
+
+Conventions, the same everywhere in the house:
+
+- B rows (episodes or responses), T positions, N flat chosen tokens, D width, V vocabulary, P pairs. Rows are
+  right-padded; the prompt stands in the row too.
+- Index t means "token t of the row": `logp_BT[b, t]` is the log-probability with which token t was chosen,
+  `value_BT[b, t]` the value of the state in which it was chosen (the critic's output at position t - 1),
+  `reward_BT[b, t]` what choosing it earned. `mask_BT` is 1 (True) on tokens that the policy chose, 0 on the prompt, on
+  forced tokens and on padding.
+- Nothing here averages silently: objectives are per token, and the caller divides by a count that it took over the
+  whole step and all ranks.
+
+What it is not: it knows no model, optimizer, tokenizer or rank; sums over ranks are handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each chosen token under softmax(logits / temperature).
+
+    Args:
+        logits_NV: raw logits, in any floating type; the softmax is computed in at least float32.
+        tokens_N: chosen ids.
+        temperature: the sampling temperature, > 0; it must be the sampler's, or ratios are biased.
+
+    Returns:
+        logp_N.
+    """
+    scaled_NV = _scaled(logits_NV, temperature)
+    return scaled_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1) - scaled_NV.logsumexp(-1)
+
+
+def token_entropy(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature) at each position: entropy_N, never negative."""
+    scaled_NV = _scaled(logits_NV, temperature)
+    logsum_N = scaled_NV.logsumexp(-1)
+    p_NV = (scaled_NV - logsum_N.unsqueeze(-1)).exp_()
+    return (logsum_N - torch.einsum("nv,nv->n", p_NV, scaled_NV)).clamp(min=0.0)
+
+
+def chosen_logprobs(
+    hidden_BTD: Tensor,
+    to_logits: Callable[[Tensor], Tensor],
+    tokens_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 4096,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the masked tokens, with logits computed only where a masked token was chosen.
+
+    The hidden state at position t - 1 predicts token t. At most `chunk_tokens` rows of logits exist at a time; when
+    more are needed and a gradient is wanted, a chunk's logits are computed again in the backward pass, not kept.
+
+    Args:
+        hidden_BTD: hidden states after the final norm.
+        to_logits: maps (n, D) to (n, V).
+        tokens_BT: ids; column 0 is never predicted.
+        mask_BT: 1 on the tokens to score; column 0 must be 0.
+        temperature: > 0.
+        chunk_tokens: rows of logits held at once.
+        with_entropy: also return the entropy of each choice (without gradient).
+
+    Returns:
+        logp_BT and entropy_BT (all 0 unless asked for); both exactly 0 outside the mask.
+    """
+    chosen_BT = mask_BT.bool()
+    assert not bool(chosen_BT[:, 0].any()), "column 0 has no prefix that could predict it"
+    hidden_ND = hidden_BTD[:, :-1][chosen_BT[:, 1:]]
+    tokens_N = tokens_BT[chosen_BT]
+
+    def one_chunk(hidden_nD: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
+        logits_nV = to_logits(hidden_nD)
+        logp_n = token_logprobs(logits_nV, tokens_n, temperature)
+        if not with_entropy:
+            return logp_n, torch.zeros_like(logp_n)
+        with torch.no_grad():
+            return logp_n, token_entropy(logits_nV, temperature)
+
+    chunks = list(zip(hidden_ND.split(chunk_tokens), tokens_N.split(chunk_tokens), strict=True))
+    recompute = len(chunks) > 1 and torch.is_grad_enabled()
+    parts = [checkpoint(one_chunk, *c, use_reentrant=False) if recompute else one_chunk(*c) for c in chunks]
+    logp_N = torch.cat([logp_n for logp_n, _ in parts])
+    logp_BT = logp_N.new_zeros(tokens_BT.shape).masked_scatter(chosen_BT, logp_N)
+    entropy_N = torch.cat([entropy_n for _, entropy_n in parts])
+    return logp_BT, entropy_N.new_zeros(tokens_BT.shape).masked_scatter(chosen_BT, entropy_N)
+
+
+def _scaled(logits_NV: Tensor, temperature: float) -> Tensor:
+    assert temperature > 0, "a log-probability needs a temperature above 0"
+    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return wide if temperature == 1.0 else wide / temperature
+
+
+# ---------------------------------------------------------------- masked statistics
+
+
+def masked_sum(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Sum over the mask; what stands outside it, infinities included, has no influence."""
+    return value_BT.masked_fill(~mask_BT.bool(), 0.0).sum()
+
+
+def masked_mean(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the mask; 0 where the mask is empty."""
+    return masked_sum(value_BT, mask_BT) / mask_BT.sum().clamp(min=1)
+
+
+def moment_sums(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """[count, sum, sum of squares] over the mask in float64: three numbers that may be added over batches and ranks."""
+    value = value_BT.detach().double().masked_fill(~mask_BT.bool(), 0.0)
+    return torch.stack([mask_BT.sum().double(), value.sum(), value.square().sum()])
+
+
+def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (divided by n, not n - 1) from `moment_sums`; (0, 0) for an empty set."""
+    count = sums[0].clamp(min=1.0)
+    mean = sums[1] / count
+    return mean, (sums[2] / count - mean.square()).clamp(min=0.0)
+
+
+def masked_whiten(
+    value_BT: Tensor, mask_BT: Tensor, sums: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8
+) -> Tensor:
+    """(value - mean) / sqrt(var + eps) on the mask, 0 outside it.
+
+    Args:
+        value_BT: values.
+        mask_BT: which of them are real.
+        sums: `moment_sums` of the whole rollout batch over all ranks; None takes this tensor's own.
+        shift_mean: False divides by the standard deviation and leaves the mean where it is (rewards).
+        eps: added to the variance.
+
+    Source: Ziegler et al. 2019 (lm-human-preferences), biased variance; alignment checklist items 19 and 23.
+    """
+    mean, var = mean_and_variance(moment_sums(value_BT, mask_BT) if sums is None else sums)
+    scaled = (value_BT.double() - mean) / (var + eps).sqrt()
+    if not shift_mean:
+        scaled = scaled + mean / (var + eps).sqrt()
+    return scaled.to(value_BT.dtype).masked_fill(~mask_BT.bool(), 0.0)
+
+
+def explained_variance(residual_sums: Tensor, return_sums: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, below 0 for a harmful one.
+
+    Both arguments are `moment_sums`, of R - V and of R. Where the returns do not vary the answer is 0.
+    """
+    _, residual_var = mean_and_variance(residual_sums)
+    _, return_var = mean_and_variance(return_sums)
+    return float(1 - residual_var / return_var) if float(return_var) > 1e-12 else 0.0
+
+
+# ---------------------------------------------------------------- KL and rewards
+
+
+def kl_estimate(logp_BT: Tensor, logp_ref_BT: Tensor, kind: str = "k1") -> Tensor:
+    """Per-token estimate of KL(pi || pi_ref) from tokens that were sampled from pi; x = logp - logp_ref.
+
+    k1 = x (exact in expectation, may be negative on one token), k2 = x^2 / 2 (biased, small variance; as a *loss* its
+    on-policy gradient is that of KL(pi || pi_ref)), k3 = exp(-x) - 1 + x (exact in expectation, never negative).
+
+    Source: J. Schulman, "Approximating KL divergence" (2020).
+    """
+    x = logp_BT - logp_ref_BT
+    if kind == "k1":
+        return x
+    if kind == "k2":
+        return 0.5 * x.square()
+    assert kind == "k3", f"kl kind {kind!r}: expected k1, k2 or k3"
+    return torch.expm1(-x) + x
+
+
+def last_index(mask_BT: Tensor) -> Tensor:
+    """Position of the last masked token of each row (B,); rows without one are our own mistake."""
+    assert bool(mask_BT.any(dim=1).all()), "every row needs at least one chosen token"
+    positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    return (positions_T * mask_BT.bool()).amax(dim=1)
+
+
+def apply_missing_end(score_B: Tensor, ended_B: Tensor, value: float, how: str) -> Tensor:
+    """Scores after the missing-end rule for responses that did not stop by themselves.
+
+    `how="replace"`: such a response scores exactly `value`, whatever the reward model thought (Ziegler et al. 2019;
+    Huang et al. 2024); `how="subtract"`: `value` is subtracted from its score (TRL); `how="keep"`: no rule.
+    Checklist item 13.
+    """
+    if how == "replace":
+        return torch.where(ended_B.bool(), score_B, torch.full_like(score_B, value))
+    if how == "subtract":
+        return score_B - value * (~ended_B.bool()).to(score_B.dtype)
+    assert how == "keep", f"missing-end rule {how!r}: expected replace, subtract or keep"
+    return score_B
+
+
+def token_rewards(kl_BT: Tensor, mask_BT: Tensor, score_B: Tensor, beta: float) -> Tensor:
+    """r_t = -beta kl_t on every chosen token, plus the score on the last one; 0 elsewhere.
+
+    Source: Ouyang et al. 2022, eq. 2; checklist items 15 and 16 (the score stands on the last real token itself).
+    """
+    reward_BT = (-beta * kl_BT).masked_fill(~mask_BT.bool(), 0.0)
+    return reward_BT.scatter_add(1, last_index(mask_BT).unsqueeze(1), score_B.to(reward_BT.dtype).unsqueeze(1))
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the chosen tokens of each row.
+
+    delta_t = r_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  return_t = A_t + V_t, where "next" is the
+    next chosen token and everything past the last one is 0.
+
+    Args:
+        reward_BT, value_BT, mask_BT: see the module's conventions.
+        gamma: discount. lam: trace decay.
+
+    Returns:
+        advantage_BT (not whitened) and return_BT, both 0 outside the mask.
+
+    Source: Schulman et al. 2016, eq. 11 to 16; checklist items 21 and 22.
+    """
+    num_rows, num_positions = reward_BT.shape
+    chosen_BT = mask_BT.bool()
+    advantage_BT = torch.zeros_like(reward_BT)
+    next_advantage_B = reward_BT.new_zeros(num_rows)
+    next_value_B = reward_BT.new_zeros(num_rows)
+    for t in reversed(range(num_positions)):
+        here_B = chosen_BT[:, t]
+        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
+        next_advantage_B = torch.where(here_B, delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_value_B = torch.where(here_B, value_BT[:, t], next_value_B)
+        advantage_BT[:, t] = torch.where(here_B, next_advantage_B, 0.0)
+    return advantage_BT, (advantage_BT + value_BT).masked_fill(~chosen_BT, 0.0)
+
+
+# ---------------------------------------------------------------- objectives
+
+
+def clipped_policy_loss(
+    logp_BT: Tensor, logp_old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) per token, ratio = exp(logp - logp_old).
+
+    Returns:
+        loss_BT (0 outside the mask, not averaged) and per-token statistics without gradient, 0 outside the mask:
+        ratio, approxkl = (logp - logp_old)^2 / 2, clipfrac (1 where the clipped branch decides).
+
+    Source: Schulman et al. 2017, eq. 7; checklist item 25.
+    """
+    outside = ~mask_BT.bool()
+    change_BT = (logp_BT - logp_old_BT).masked_fill(outside, 0.0)
+    ratio_BT = change_BT.exp()
+    plain_BT = -advantage_BT * ratio_BT
+    clipped_BT = -advantage_BT * ratio_BT.clamp(1 - clip, 1 + clip)
+    loss_BT = torch.maximum(plain_BT, clipped_BT).masked_fill(outside, 0.0)
+    with torch.no_grad():
+        stats = {
+            "ratio": ratio_BT.masked_fill(outside, 0.0),
+            "approxkl": 0.5 * change_BT.square(),
+            "clipfrac": (clipped_BT > plain_BT).to(loss_BT.dtype).masked_fill(outside, 0.0),
+        }
+    return loss_BT, stats
+
+
+def clipped_value_loss(
+    value_BT: Tensor, value_old_BT: Tensor, return_BT: Tensor, mask_BT: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2 per token.
+
+    Returns:
+        loss_BT (not averaged) and clipfrac_BT (1 where the clipped branch decides); both 0 outside the mask.
+
+    Source: Ziegler et al. 2019 (lm-human-preferences); checklist item 24.
+    """
+    outside = ~mask_BT.bool()
+    clipped_BT = value_BT.clamp(value_old_BT - clip, value_old_BT + clip)  # exactly the value itself inside the range
+    plain_error_BT = (value_BT - return_BT).square()
+    clipped_error_BT = (clipped_BT - return_BT).square()
+    loss_BT = (0.5 * torch.maximum(plain_error_BT, clipped_error_BT)).masked_fill(outside, 0.0)
+    clipfrac_BT = (clipped_error_BT > plain_error_BT).to(loss_BT.dtype).masked_fill(outside, 0.0)
+    return loss_BT, clipfrac_BT.detach()
+
+
+@dataclass
+class AdaptiveKL:
+    """The KL coefficient and its proportional controller in log space.
+
+    e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta (1 + e n / horizon), where KL is the mean over episodes of the
+    *sum* over response tokens against the reference, and n the number of episodes. A target of 0 keeps beta fixed.
+
+    Source: Ziegler et al. 2019, section 2.2; checklist item 18.
+    """
+
+    beta: float
+    target: float = 0.0
+    horizon: float = 10_000.0
+
+    def update(self, kl: float, num_episodes: float) -> float:
+        """Moves beta after a batch of `num_episodes` with mean KL `kl` (nats per response); returns the new beta."""
+        if self.target > 0:
+            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+            self.beta *= 1.0 + error * num_episodes / self.horizon
+        return self.beta
+
+
+# ---------------------------------------------------------------- rankings
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of responses to the same prompt: `better_P` and `worse_P` are row numbers, `group_P` the prompt's number,
+    `weight_P` is 1 / (pairs of that prompt), so that a weighted sum is a sum over prompts of means over pairs."""
+
+    better_P: Tensor
+    worse_P: Tensor
+    group_P: Tensor
+    weight_P: Tensor
+
+    def __len__(self) -> int:
+        return int(self.better_P.numel())
+
+    @property
+    def num_groups(self) -> int:
+        """Prompts that have at least one pair."""
+        return int(self.group_P.unique().numel())
+
+
+def ranking_pairs(rank_B: Tensor, group_B: Tensor) -> Pairs:
+    """Every pair that a ranking decides: same prompt, smaller rank (1 = best) first; ties make no pair.
+
+    Args:
+        rank_B: ranks, floats allowed, ties allowed.
+        group_B: prompt number of each response.
+    """
+    decided_BB = (group_B.unsqueeze(1) == group_B.unsqueeze(0)) & (rank_B.unsqueeze(1) < rank_B.unsqueeze(0))
+    better_P, worse_P = decided_BB.nonzero(as_tuple=True)
+    group_P = group_B[better_P]
+    _, inverse_P, pairs_in_group = group_P.unique(return_inverse=True, return_counts=True)
+    return Pairs(better_P, worse_P, group_P, 1.0 / pairs_in_group[inverse_P].double())
+
+
+def pair_loss(margin_P: Tensor, *, required_margin: float = 0.0, probability_P: Tensor | None = None) -> Tensor:
+    """Bradley-Terry loss of each pair: -log sigmoid(s_better - s_worse - required margin).
+
+    Args:
+        margin_P: s_better - s_worse.
+        required_margin: how much better the better one should score before the loss is small.
+        probability_P: probability that the one called better really is; None means 1. The loss is then the expected
+            negative log-likelihood under that coin (conservative or soft labels).
+
+    Source: Ouyang et al. 2022, eq. 1; Bradley & Terry 1952.
+    """
+    shifted_P = margin_P - required_margin
+    if probability_P is None:
+        return -F.logsigmoid(shifted_P)
+    return -probability_P * F.logsigmoid(shifted_P) - (1 - probability_P) * F.logsigmoid(-margin_P - required_margin)
+
+
+def ranking_loss(
+    score_B: Tensor, pairs: Pairs, *, required_margin: float = 0.0, probability_P: Tensor | None = None
+) -> Tensor:
+    """Sum over prompts of the mean pair loss of that prompt; divide by `pairs.num_groups` for the mean.
+
+    A prompt with nine responses thus weighs as much as one with two, and every score is computed once.
+
+    Source: Ouyang et al. 2022, eq. 1 (the 1 / C(K, 2) factor; here over the pairs that are not ties).
+    """
+    margin_P = score_B[pairs.better_P] - score_B[pairs.worse_P]
+    loss_P = pair_loss(margin_P, required_margin=required_margin, probability_P=probability_P)
+    return (loss_P * pairs.weight_P.to(loss_P.dtype)).sum()
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n sampling from its base, in nats: log n - (n - 1) / n, an upper bound when scores can tie.
+
+    Source: Stiennon et al. 2020; Beirami et al. 2024 on when it is a bound.
+    """
+    assert n >= 1
+    return math.log(n) - (n - 1) / n

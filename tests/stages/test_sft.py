@@ -1,0 +1,303 @@
+"""Fine-tuning: what is learned and what is not, epochs, resume, refusals; and it learns to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lyceum.batches.pack import TokenBatch
+from lyceum.config import Recipe
+from lyceum.corpus.records import Conversation, Message, write_records
+from lyceum.engine.engine import Engine
+from lyceum.engine.sampling import SamplingParams
+from lyceum.errors import CheckpointError, DataError, TrainingError
+from lyceum.log import read_metrics
+from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
+from lyceum.model.heads import ScoreModel
+from lyceum.model.spec import ModelSpec
+from lyceum.model.transformer import Decoder
+from lyceum.run import StageFolder, Work
+from lyceum.stages import sft
+from lyceum.stages.sft import SFT, SFTConfig, check_ends, epoch_steps, run
+from lyceum.tokens.chat import ChatFormat, Rendered
+from lyceum.tokens.tokenizer import Tokenizer
+from lyceum.train import loop
+from lyceum.train.losses import next_token_loss
+from lyceum.train.stage import Step
+
+WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta")
+SMALL = SFTConfig(epochs=2.0, batch_tokens=256, micro_tokens=128, log_every=2, save_every=3)
+
+
+def conversation(draw: random.Random) -> Conversation:
+    """Say a word back once or twice; now and then a second turn."""
+    turns = []
+    for _ in range(draw.choice((1, 1, 2))):
+        word, times = draw.choice(WORDS), draw.choice((1, 2))
+        turns += [
+            Message("user", f"say {word} {'twice' if times == 2 else 'once'} please"),
+            Message("assistant", " ".join([word] * times)),
+        ]
+    return Conversation(tuple(turns))
+
+
+def conversations(seed: int, count: int) -> list[Conversation]:
+    draw = random.Random(seed)
+    return [conversation(draw) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatFormat:
+    texts = [message.content for row in conversations(0, 200) for message in row.messages]
+    return ChatFormat(Tokenizer.train([*texts, *["user\n", "assistant\n"] * 20], 320))
+
+
+def model(chat: ChatFormat, width: int = 32, layers: int = 1) -> Decoder:
+    torch.manual_seed(0)
+    vocab_size = chat.tokenizer.vocab_size
+    return Decoder(ModelSpec(vocab_size, layers, width, 2, 2, width // 2, 2 * width, context_length=64))
+
+
+def begun(chat: ChatFormat, config: SFTConfig = SMALL, count: int = 40) -> SFT:
+    stage = SFT(config)
+    stage.tokenizer = chat.tokenizer
+    stage.begin(model(chat), conversations(0, count), conversations(1, 8), chat, seed=3)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def inputs(chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_records(folder / "lessons" / "train.jsonl", conversations(0, 40))
+    write_records(folder / "lessons" / "valid.jsonl", conversations(1, 8))
+    save_checkpoint(folder / "pretrain" / "checkpoint", model(chat), chat.tokenizer, {})
+    return {"policy": folder / "pretrain", "lessons": folder / "lessons"}
+
+
+def work_in(folder: Path, inputs: dict[str, Path]) -> Work:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Work(StageFolder(folder), inputs, seed=7, recipe=Recipe("toy", 7, {}, (), Path("toy.toml")))
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------- what is learned (known answer 12)
+
+
+def learned(batch: TokenBatch, chat: ChatFormat) -> list[str]:
+    """What each row's weighted targets spell."""
+    rows = zip(batch.tokens_BT, batch.weights_BT, strict=True)
+    return [chat.tokenizer.decode(tokens[weights > 0].tolist(), keep_special=True) for tokens, weights in rows]
+
+
+def test_only_what_the_assistant_writes_and_its_end_is_learned(chat: ChatFormat) -> None:
+    stage = begun(chat)
+    wanted = sorted(
+        "".join(message.content + "<|im_end|>" for message in row.messages if message.role == "assistant")
+        for row in conversations(0, 40)
+    )
+    steps = list(stage.steps(0))[: stage.steps_per_epoch]
+    batches = [batch for step in steps for batch in step.micro_batches]
+    assert sorted(text for batch in batches for text in learned(batch, chat)) == wanted
+    assert sum(step.tokens for step in steps) == sum(len(chat.render(row)) for row in conversations(0, 40))
+
+
+def test_a_conversation_learns_nothing_from_its_neighbours_in_a_batch(chat: ChatFormat) -> None:
+    stage = begun(chat)
+    batch = next(batch for step in stage.steps(0) for batch in step.micro_batches if len(batch.tokens_BT) > 2)
+    together, _, _ = next_token_loss(stage.model, batch.tokens_BT, batch.weights_BT)
+    alone = [
+        next_token_loss(stage.model, tokens[None, :length], weights[None, :length])[0]
+        for tokens, weights, length in zip(batch.tokens_BT, batch.weights_BT, batch.lengths_B.tolist(), strict=True)
+    ]
+    assert together.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    changed = batch.tokens_BT.clone()
+    changed[0] = changed[0].flip(0)
+    weights = batch.weights_BT.clone()
+    weights[0] = 0.0
+    before, after = (next_token_loss(stage.model, tokens, weights)[0] for tokens in (batch.tokens_BT, changed))
+    assert before.item() == after.item()
+
+
+def test_a_message_weighs_what_its_record_says(chat: ChatFormat) -> None:
+    messages = (Message("user", "say"), Message("assistant", "beta", weight=0.0), Message("user", "say"))
+    row = Conversation((*messages, Message("assistant", "gamma", weight=0.5)))
+    stage = SFT(SMALL)
+    stage.begin(model(chat), [row], [], chat, seed=0)
+    (batch,) = next(stage.steps(0)).micro_batches
+    assert learned(batch, chat) == ["gamma<|im_end|>"]
+    num_tokens = len(chat.tokenizer.encode("gamma")) + 1
+    assert stage.counts(batch) == {"reply": 0.5 * num_tokens}
+
+
+# -------------------------------------------------------------------------------- epochs
+
+
+def test_an_epoch_visits_every_row_once_in_bounded_micro_batches() -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(3, 60) for _ in range(101)]
+    sizes = set()
+    orders = []
+    for epoch in range(4):
+        steps = epoch_steps(lengths, micro_tokens=128, batch_tokens=512, seed=epoch)
+        groups = [group for step in steps for group in step]
+        assert sorted(row for group in groups for row in group) == list(range(101))
+        assert all(len(group) * max(lengths[row] for row in group) <= 128 for group in groups)
+        assert all(150 < sum(lengths[row] for group in step for row in group) < 900 for step in steps)
+        sizes.add(len(steps))
+        orders.append(steps)
+    assert sizes == {round(sum(lengths) / 512)}
+    assert orders[0] != orders[1] and orders[0] == epoch_steps(lengths, 128, 512, seed=0)
+
+
+def test_a_batch_smaller_than_one_conversation_still_makes_steps() -> None:
+    steps = epoch_steps([30, 15, 10], micro_tokens=8, batch_tokens=4, seed=0)
+    assert sorted(steps, key=str) == [[[0]], [[1, 2]]]
+
+
+def test_steps_from_the_middle_are_the_same_steps(chat: ChatFormat) -> None:
+    def tokens(steps: Iterator[Step[Any]]) -> list[Any]:
+        return [[batch.tokens_BT.tolist() for batch in step.micro_batches] for step in steps]
+
+    stage = begun(chat)
+    whole = tokens(stage.steps(0))
+    assert len(whole) == stage.num_steps == 2 * stage.steps_per_epoch
+    assert whole[: stage.steps_per_epoch] != whole[stage.steps_per_epoch :]
+    for first in (1, stage.steps_per_epoch, stage.num_steps - 1):
+        assert tokens(stage.steps(first)) == whole[first:]
+
+
+# -------------------------------------------------------------------------------- the run
+
+
+def test_the_run_learns_reports_and_resumes_bit_for_bit(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(SMALL, work_in(tmp_path / "straight", inputs))
+    lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert lines[-1]["loss/reply"] < 0.95 * lines[0]["loss/reply"]
+    assert report["conversations"] == 40 and report["dropped"] == 0 and report["epochs"] == 2.0
+    assert report["valid_loss"] == lines[-1]["valid/loss"] and 0 <= report["valid_accuracy"] <= 1
+    samples = (tmp_path / "straight" / "samples.jsonl").read_text()
+    assert len(samples.splitlines()) == sft.NUM_SAMPLES and "please" in samples
+    assert load_checkpoint(tmp_path / "straight" / "checkpoint").info["parent"] == "pretrain/checkpoint"
+
+    whole = SFT.steps
+
+    def killed_at_5(self: SFT, first: int) -> Iterator[Step[TokenBatch]]:
+        for number, step in enumerate(whole(self, first), first):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(SFT, "steps", killed_at_5)
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, work_in(tmp_path / "killed", inputs))
+    monkeypatch.setattr(SFT, "steps", whole)
+    run(SMALL, work_in(tmp_path / "killed", inputs))
+    for one, other in zip(read_metrics(tmp_path / "killed" / "metrics.jsonl"), lines, strict=True):
+        assert {k: one[k] for k in one if k not in loop.TIMINGS} == {
+            k: other[k] for k in other if k not in loop.TIMINGS
+        }
+
+
+def test_too_long_conversations_are_counted_and_nothing_left_is_an_error(
+    chat: ChatFormat, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    lengths = sorted(len(chat.render(row)) for row in conversations(0, 40))
+    limit = lengths[20]
+    report = run(dataclasses.replace(SMALL, max_tokens=limit), work_in(tmp_path / "some", inputs))
+    assert report["dropped"] == sum(length > limit for length in lengths) > 0
+    with pytest.raises(DataError, match="none of 40 conversations") as caught:
+        run(dataclasses.replace(SMALL, max_tokens=4), work_in(tmp_path / "none", inputs))
+    assert caught.value.hint
+
+
+def test_a_run_without_validation_conversations_says_so(inputs: dict[str, Path], tmp_path: Path) -> None:
+    write_records(tmp_path / "lessons" / "train.jsonl", conversations(0, 40))
+    report = run(SMALL, work_in(tmp_path / "run", {**inputs, "lessons": tmp_path / "lessons"}))
+    assert report["valid_loss"] is None and "no validation" in report["line"]
+
+
+def test_a_reward_model_is_no_place_to_start_from(chat: ChatFormat, inputs: dict[str, Path], tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "reward" / "checkpoint", ScoreModel.from_decoder(model(chat)), chat.tokenizer, {})
+    with pytest.raises(CheckpointError, match="no language model"):
+        run(SMALL, work_in(tmp_path / "run", {**inputs, "policy": tmp_path / "reward"}))
+
+
+# -------------------------------------------------------------------------------- stopping
+
+
+def without_ends(rows: Sequence[Rendered], chat: ChatFormat) -> list[Rendered]:
+    """What masking the padding token does where it is the end token too: the end has no loss weight."""
+    ends = chat.stop_ids
+    return [Rendered(r.ids, [0.0 if i in ends else w for i, w in zip(r.ids, r.weights, strict=True)]) for r in rows]
+
+
+def test_a_turn_whose_end_is_not_learned_is_refused(chat: ChatFormat) -> None:
+    rows = [chat.render(row) for row in conversations(0, 3)]
+    check_ends(rows, chat)
+    with pytest.raises(TrainingError, match="conversation 1 the end of the turn has no loss weight"):
+        check_ends([rows[0], *without_ends(rows[1:], chat)], chat)
+
+
+def test_a_padding_token_that_ends_a_turn_is_refused(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat.tokenizer, "pad_id", chat.tokenizer.turn_end_id)
+    with pytest.raises(TrainingError, match="padding token is also an end token"):
+        check_ends([], chat)
+
+
+@pytest.mark.slow
+def test_fine_tuning_teaches_to_stop_and_masking_the_end_does_not(
+    chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, held = conversations(0, 400), conversations(1, 60)
+    config = SFTConfig(epochs=6.0, batch_tokens=512, micro_tokens=512, lr=0.01, matrix_lr=0.02)
+    prompts = [chat.prompt(Conversation(row.messages[:-1])) for row in held]
+
+    class InMemory(SFT):
+        def start(self, work: Work) -> None:
+            self.tokenizer = chat.tokenizer
+            self.begin(model(chat, width=64, layers=2), train, [], chat, seed=0)
+
+    def share_that_ends(folder: Path) -> tuple[float, float]:
+        stage = InMemory(config)
+        loop.run_stage(stage, work_in(folder, {}))
+        params = SamplingParams(max_tokens=16, temperature=0.0, stop_ids=chat.stop_ids)
+        outputs = Engine(stage.model).generate(prompts, params)
+        ends = [output.finish == "stop" for output in outputs]
+        right = [
+            chat.parse(output.ids).content == row.messages[-1].content
+            for output, row in zip(outputs, held, strict=True)
+        ]
+        return sum(ends) / len(ends), sum(right) / len(right)
+
+    ends, right = share_that_ends(tmp_path / "taught")
+    assert ends > 0.95 and right > 0.8
+
+    monkeypatch.setattr(sft, "check_ends", lambda rendered, chat: None)
+    render = ChatFormat.render
+    monkeypatch.setattr(ChatFormat, "render", lambda self, row: without_ends([render(self, row)], self)[0])
+    prompts = [chat.prompt(Conversation(row.messages[:-1])) for row in held]
+    ends, _ = share_that_ends(tmp_path / "control")
+    assert ends < 0.3
+
+
+# -------------------------------------------------------------------------------- its page
+
+
+def test_the_page_lists_every_setting_of_its_own_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "stages" / "sft.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page.split("## Settings")[1], re.MULTILINE))
+    own = SFTConfig.__annotations__
+    assert rows == {name: str(getattr(SFTConfig(), name)) for name in own}

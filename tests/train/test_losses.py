@@ -1,0 +1,92 @@
+"""The chunked cross-entropy against F.cross_entropy, and the selection of weighted targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lyceum.train import losses
+from lyceum.train.losses import cross_entropy_sum, next_token_loss
+
+
+class Bigram(nn.Module):
+    """A model with the Decoder's two doors: hidden states, and an output matrix."""
+
+    def __init__(self, vocab_size: int = 11, width: int = 5) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width, dtype=torch.float64)
+        self.seen: list[tuple[int, ...]] = []
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embed.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        self.seen.append(tuple(tokens_BT.shape))
+        return self.embed(tokens_BT).cumsum(1)
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 6, dtype=dtype, generator=generator, requires_grad=True)
+    head = torch.randn(13, 6, dtype=dtype, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 13, (9,), generator=generator)
+    return hidden, head, targets, torch.rand(9, dtype=dtype, generator=generator)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 9, 100])
+def test_value_and_gradients_equal_torchs_cross_entropy_for_any_chunk(
+    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 1)
+    monkeypatch.setattr(losses, "_MIN_CHUNK_ROWS", chunk_rows)
+    hidden, head, targets, weights = problem(torch.float64)
+    total, hits = cross_entropy_sum(hidden, head, targets, weights)
+    ours = torch.autograd.grad(3 * total, (hidden, head))
+    logits = hidden @ head.T
+    wanted = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    theirs = torch.autograd.grad(3 * wanted, (hidden, head))
+    assert torch.allclose(total, wanted, rtol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+    assert hits.item() == (logits.argmax(1) == targets).sum().item()
+
+
+def test_gradcheck() -> None:
+    hidden, head, targets, weights = problem(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, targets, weights)[0], (hidden, head))
+
+
+def test_backward_twice_through_one_forward_gives_the_same_gradient() -> None:
+    hidden, head, targets, weights = problem(torch.float64)
+    total, _ = cross_entropy_sum(hidden, head, targets, weights)
+    first = torch.autograd.grad(total, hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(total, hidden)[0])
+
+
+def test_a_frozen_head_gets_no_gradient_and_huge_logits_stay_finite() -> None:
+    hidden, head, targets, weights = problem(torch.float32)
+    total, _ = cross_entropy_sum(hidden * 1e4, head.detach(), targets, weights)
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(hidden.grad).all() and head.grad is None
+
+
+def test_next_token_loss_counts_only_weighted_targets_after_the_first_column() -> None:
+    torch.manual_seed(0)
+    model = Bigram()
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
+    weights = torch.tensor([[7.0, 0.0, 1.0, 0.5, 0.0], [7.0, 0.0, 1.0, 0.0, 0.0]])  # column 0 has no prefix
+    total, count, metrics = next_token_loss(model, tokens, weights)
+    logp = torch.log_softmax(model(tokens) @ model.embed.weight.T, -1)
+    wanted = -(logp[0, 1, 4] + 0.5 * logp[0, 2, 1] + logp[1, 1, 6])
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert count == 2.5 and metrics["token_accuracy"][1] == 3.0
+    assert model.seen[0] == (2, 4)  # the last token predicts nothing and is not run
+
+
+def test_rows_without_weight_give_a_zero_that_can_be_differentiated() -> None:
+    model = Bigram()
+    total, count, _ = next_token_loss(model, torch.tensor([[1, 2, 3]]), torch.zeros(1, 3))
+    total.backward()
+    assert total.item() == 0.0 and count == 0.0 and not model.embed.weight.grad.any()
