@@ -1,0 +1,1 @@
+"""How good is it: measures, benchmarks, tables and the report of a run."""

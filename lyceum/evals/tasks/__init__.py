@@ -1,0 +1,1 @@
+"""One file per benchmark: its questions, its reference answers and its grader."""

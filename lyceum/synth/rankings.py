@@ -1,0 +1,183 @@
+"""Rankings by a written rule: several answers of the fine-tuned model to each practice prompt, put in order.
+
+Stage two of InstructGPT (Ouyang et al. 2022, 3.2) with a rule in the labelers' place: K answers a prompt, most drawn from the
+fine-tuned model at temperature 1 and the rest from an earlier checkpoint of it, duplicates drawn again; ranked by
+`lyceum.evals.tasks.tutor.grade`, origin `rule`. People disagree, so for a stated share of prompts the whole order is reversed
+(`meta.clean_ranks` keeps the rule's own). A prompt whose answers all came out the same, or all score the same, carries no
+preference: it is left out and counted.
+
+Writes `train.jsonl` and `valid.jsonl` (split by prompt). Run by `lyceum rankings RECIPE`. Not a substitute for people: the
+rule knows the reference answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from lyceum.batches.pairs import Prompts, read_prompts
+from lyceum.config import setting
+from lyceum.corpus.records import Conversation, Message, Ranking, read_conversations, write_records
+from lyceum.engine.engine import Engine
+from lyceum.engine.sampling import SamplingParams, mix_seed
+from lyceum.errors import DataError, RunError
+from lyceum.evals.tasks import tutor
+from lyceum.log import log, progress
+from lyceum.model.checkpoint import load_checkpoint
+from lyceum.run import Work
+from lyceum.tokens.chat import ChatFormat
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankingsConfig:
+    """How answers are drawn and ranked."""
+
+    prompts: int = setting(800, "practice prompts to answer", low=4)
+    responses: int = setting(4, "distinct answers a prompt (K)", low=2)
+    earlier: int = setting(1, "of these, answers by the earlier checkpoint", low=0)
+    redraws: int = setting(3, "times duplicates are drawn again", low=0)
+    temperature: float = setting(1.0, "sampling temperature", low=0.0)
+    max_response_tokens: int = setting(64, "longest answer, in tokens", low=1)
+    reversed_share: float = setting(
+        0.1, "share of prompts whose order is reversed, as labelers disagree", low=0, high=1
+    )
+    valid_share: float = setting(0.2, "share of prompts kept for validation", low=0, high=0.9)
+    max_batch: int = setting(128, "answers drawn at once", low=1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    ended: bool
+
+
+def draw(
+    engine: Engine, chat: ChatFormat, prompts: Sequence[list[int]], seeds: Sequence[int], config: RankingsConfig
+) -> list[Answer]:
+    """One sampled answer to each prompt; the noise of an answer is a function of its own seed."""
+    params = [
+        SamplingParams(
+            max_tokens=config.max_response_tokens, temperature=config.temperature, stop_ids=chat.stop_ids, seed=seed
+        )
+        for seed in seeds
+    ]
+    outputs = engine.generate(list(prompts), params)
+    return [Answer(chat.parse(output.ids).content, output.finish == "stop") for output in outputs]
+
+
+def draw_distinct(
+    engines: Sequence[Engine], chat: ChatFormat, prompts: Prompts, config: RankingsConfig, seed: int
+) -> list[list[Answer]]:
+    """Up to K distinct answers to each prompt: K - `earlier` by the first engine, the others by the second.
+
+    Answers that repeat another one of the same prompt are drawn again with another seed, up to `redraws` times, by the
+    earlier checkpoint from the second redraw on: a confident model would only repeat itself.
+    """
+    found: list[dict[str, Answer]] = [{} for _ in prompts.ids]
+    with progress(len(prompts.ids) * config.responses, "rankings", unit="answer") as bar:
+        for attempt, (number, engine) in product(range(config.redraws + 1), enumerate(engines)):
+            share = config.earlier if number else config.responses - config.earlier
+            wanted = []
+            for i, distinct in enumerate(found):
+                missing = config.responses - len(distinct)
+                first = share if attempt == 0 else missing if number == 0 or attempt >= 2 else 0
+                wanted += [i] * min(first, missing)
+            seeds = [mix_seed(seed, number, attempt, i, j) for j, i in enumerate(wanted)]
+            answers = draw(engine, chat, [prompts.ids[i] for i in wanted], seeds, config)
+            before = sum(map(len, found))
+            for i, answer in zip(wanted, answers, strict=True):
+                if len(found[i]) < config.responses:
+                    found[i].setdefault(answer.text, answer)
+            bar.update(sum(map(len, found)) - before, drawn=len(wanted))
+    return [list(answers.values()) for answers in found]
+
+
+def rank(scores: Sequence[float]) -> tuple[float, ...]:
+    """Ranks, 1 for the best; equal scores tie and share the mean of their places (as in Spearman's ranks)."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    ranks = [0.0] * len(scores)
+    start = 0
+    while start < len(order):
+        stop = start
+        while stop < len(order) and abs(scores[order[stop]] - scores[order[start]]) < 1e-9:
+            stop += 1
+        for i in order[start:stop]:
+            ranks[i] = (start + 1 + stop) / 2
+        start = stop
+    return tuple(ranks)
+
+
+def rank_by_rule(prompt: Conversation, answers: Sequence[Answer], *, reverse: bool) -> Ranking | None:
+    """The rule's ranking of the answers to one prompt; None where it prefers none."""
+    question = tutor.Question.from_meta(prompt.meta)
+    scores = [tutor.grade(question, answer.text, ended=answer.ended).score for answer in answers]
+    clean = rank(scores)
+    if len(set(clean)) < 2:
+        return None
+    ranks = tuple(len(clean) + 1 - place for place in clean) if reverse else clean
+    responses = tuple(Message("assistant", answer.text) for answer in answers)
+    meta = {"cell": question.cell, "clean_ranks": list(clean), "scores": scores, "reversed": reverse}
+    return Ranking(prompt, responses, ranks, origin="rule", meta=meta)
+
+
+def earlier_checkpoint(section: Path) -> Path:
+    """The first snapshot of a fine-tuning section."""
+    snapshots = sorted(section.glob("snapshot-*"))
+    if not snapshots:
+        raise RunError(f"{section.name} has no earlier checkpoint", hint="set snapshots = [0.3] in its recipe section")
+    return snapshots[0]
+
+
+def run(config: RankingsConfig, work: Work) -> dict:
+    """Draw and rank answers of `work.inputs["policy"]` to the prompts of `work.inputs["lessons"]`; returns the counts."""
+    policy = load_checkpoint(work.inputs["policy"] / "checkpoint")
+    models = [policy.model]
+    if config.earlier:
+        models.append(load_checkpoint(earlier_checkpoint(work.inputs["policy"])).model)
+    chat = ChatFormat(policy.tokenizer)
+    path = work.inputs["lessons"] / "prompts.jsonl"
+    context = policy.spec.context_length - config.max_response_tokens
+    prompts = read_prompts(path, chat, context)
+    conversations = list(read_conversations(path))
+    count = min(config.prompts, len(prompts.ids))
+    if count < config.prompts:
+        log.warning(f"only {count} practice prompts for rankings, {config.prompts} were asked for")
+    if len(conversations) != len(prompts.ids):
+        raise DataError("a practice prompt does not fit the context", file=path, hint="raise model.context_length")
+    prompts = Prompts(prompts.ids[:count], prompts.meta[:count])
+    engines = [Engine(model, max_batch=config.max_batch) for model in models]
+    answers = draw_distinct(engines, chat, prompts, config, work.seed)
+    chance = random.Random(f"{work.seed} rankings")
+    rankings = {"train": [], "valid": []}  # type: dict[str, list[Ranking]]
+    single = tied = turned = 0
+    for prompt, found in zip(conversations, answers, strict=False):
+        reverse = chance.random() < config.reversed_share
+        part = "valid" if chance.random() < config.valid_share else "train"
+        if len(found) < 2:
+            single += 1
+            continue
+        ranking = rank_by_rule(prompt, found, reverse=reverse)
+        if ranking is None:
+            tied += 1
+            continue
+        turned += reverse
+        rankings[part].append(ranking)
+    if not rankings["train"]:
+        raise DataError("no prompt has two answers that the rule tells apart", hint="raise rankings.temperature")
+    for part, rows in rankings.items():
+        write_records(work.folder.path / f"{part}.jsonl", rows)
+    kept = rankings["train"] + rankings["valid"]
+    return {
+        "line": f"{len(kept)} rankings of {sum(len(r.responses) for r in kept) / len(kept):.1f} answers; "
+        f"left out {single} with one distinct answer and {tied} all tied; {turned} reversed",
+        "train": len(rankings["train"]),
+        "valid": len(rankings["valid"]),
+        "one_answer": single,
+        "all_tied": tied,
+        "reversed": turned,
+    }

@@ -1,0 +1,121 @@
+"""The lesson keeps its promises: splits that do not meet, shares as set, and the same lesson from the same seed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lyceum.config import build
+from lyceum.corpus.packages import ObjectFact
+from lyceum.errors import DataError
+from lyceum.evals.metrics import words
+from lyceum.evals.tasks import tutor
+from lyceum.synth.lessons import Lesson, LessonsConfig, restyle
+
+
+def facts(count: int) -> list[ObjectFact]:
+    return [
+        ObjectFact(
+            name=f"mod{i % 7}.func{i}",
+            kind="function",
+            module=f"mod{i % 7}",
+            signature="(x)",
+            parameters=("x",),
+            returns="",
+            summary=f"Do the thing number {i} to x.",
+            doc="",
+            uses=1,
+            package="stdlib",
+        )  # fmt: skip
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def lesson() -> Lesson:
+    settings = {"practice": 400, "held_out": 40, "unstudied": 60, "near_miss": 40, "made_up": 40}
+    return Lesson(
+        facts(60), [f"other{i}.thing{i}" for i in range(400)], build(LessonsConfig, settings, "lessons"), seed=3
+    )
+
+
+def normalised(text: str) -> str:
+    return " ".join(words(text))
+
+
+def test_no_held_out_question_stands_in_training_or_practice(lesson: Lesson) -> None:
+    held_out = {normalised(q.text) for q in lesson.held_out()}
+    asked = {normalised(m.content) for c in lesson.train() for m in c.messages if m.role == "user"}
+    asked |= {normalised(q.text) for q in lesson.practice()}
+    assert not held_out & asked
+
+
+def test_no_held_out_template_is_used_in_training_or_practice(lesson: Lesson) -> None:
+    held_out = {q.template for q in lesson.held_out() if q.template}
+    assert held_out
+    assert not held_out & {q.template for q in lesson.practice()}
+
+
+def test_no_unknown_name_is_shared_between_splits(lesson: Lesson) -> None:
+    held_out = {q.name for q in lesson.held_out() if q.cell in tutor.UNKNOWN_CELLS}
+    practised = {q.name for q in lesson.practice() if q.cell in tutor.UNKNOWN_CELLS}
+    assert held_out and practised and not held_out & practised
+    taught = " ".join(m.content for c in lesson.train() for m in c.messages if m.role == "user").lower().split()
+    stripped = {word.strip("?.,!:") for word in taught}
+    assert not {name.lower() for name in held_out | practised} & stripped
+
+
+def test_every_cell_has_held_out_questions(lesson: Lesson) -> None:
+    assert {q.cell for q in lesson.held_out()} == set(tutor.CELLS)
+
+
+def test_graceful_misses_have_their_share(lesson: Lesson) -> None:
+    cells = [c.meta["cell"] for c in lesson.train()]
+    assert cells.count("miss") / len(cells) == pytest.approx(lesson.config.miss_share, abs=0.005)
+
+
+def test_every_conversation_ends_with_an_answer_and_every_prompt_with_a_question(lesson: Lesson) -> None:
+    assert all(c.messages[-1].role == "assistant" and c.messages[-1].content for c in lesson.train())
+    assert all(q.text and q.reference for q in [*lesson.practice(), *lesson.held_out()])
+
+
+def test_reference_answers_of_practice_prompts_are_right_by_the_rule(lesson: Lesson) -> None:
+    wrong = [
+        q
+        for q in lesson.practice() + lesson.held_out()
+        if not tutor.grade(q, q.reference).right and q.cell != "small_talk"
+    ]
+    assert not wrong
+
+
+def test_the_same_seed_makes_the_same_lesson_and_another_seed_another(lesson: Lesson) -> None:
+    def made(seed: int) -> Lesson:
+        return Lesson(lesson.objects, [f"other{i}.thing{i}" for i in range(400)], lesson.config, seed)
+
+    assert made(3).train() == lesson.train()
+    assert made(3).held_out() == lesson.held_out()
+    assert made(4).train() != lesson.train()
+
+
+def test_the_open_book_is_added_to_the_lesson_and_changes_nothing_else(lesson: Lesson) -> None:
+    unstudied = [f"other{i}.thing{i}" for i in range(400)]
+    settings = {name: getattr(lesson.config, name) for name in lesson.config.__dataclass_fields__}
+    config = build(LessonsConfig, settings | {"open_book": 50}, "lessons")
+    train = Lesson(lesson.objects, unstudied, config, 3, facts(90)[60:]).train()
+    added = [c for c in train if c.meta["cell"] == "open_book"]
+    rest = [c for c in train if c.meta["cell"] != "open_book"]
+    assert len(added) == 50 and all(c.tools for c in added) and not any(c.tools for c in rest)
+    assert sorted(map(repr, rest)) == sorted(map(repr, lesson.train()))
+
+
+def test_restyled_questions_keep_the_name() -> None:
+    chance = random.Random(0)
+    for _ in range(300):
+        text = restyle("What does json.dumps do?", chance, "json.dumps")
+        assert "json.dumps" in text and "\n" not in text
+
+
+def test_a_lesson_without_objects_is_refused() -> None:
+    with pytest.raises(DataError, match="no studied objects"):
+        Lesson([], [], LessonsConfig(), 0)
