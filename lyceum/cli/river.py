@@ -1,0 +1,432 @@
+"""The river: runs a recipe's sections in order. The only place that knows which stage feeds which.
+
+    lyceum run recipes/demo.toml            make what is missing, go on where a killed run was, show the result
+    lyceum run demo --set sft.epochs=4      a changed section, and what flows from it, is made anew
+    lyceum run demo --from sft --until ppo  only these; what they start from must be there
+
+A section's key is a hash of its kind, its resolved settings, its parents' keys, its stage's VERSION, its seed, and the
+model's table if its stage makes a model. Finished with the same key: not run again, whatever ``--from`` says. Begun
+with the same key: gone on with. Another key: the old folder moves to ``old/`` and the section is made anew. The key
+knows nothing of what lies outside the run, such as the files of ``corpus.folder``: to read them again, delete the
+sections' folders, or change the seed.
+
+With ``--from S`` nothing before S is run: what the chosen sections start from must be finished and unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lyceum
+from lyceum import device, dist
+from lyceum.config import Recipe, Section, build, load_recipe, settings_of, to_toml
+from lyceum.errors import ConfigError, LyceumError, RunError, did_you_mean
+from lyceum.log import log, show_time
+from lyceum.run import (
+    Run,
+    State,
+    Work,
+    code_version,
+    package_versions,
+    read_manifest,
+    read_state,
+    timed,
+    write_json,
+    write_text,
+)
+
+# -------------------------------------------------------------------------------- the table of kinds
+
+
+@dataclass(frozen=True)
+class Input:
+    """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does."""
+
+    role: str
+    kinds: tuple[str, ...]
+    needed: bool = True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a section's kind is: where its entry function ``run`` and its settings stand, and what it starts from.
+
+    makes_model: the recipe's [model] table is part of its key.
+    every_rank: under torchrun all ranks run it together; otherwise rank 0 alone, and the others wait.
+    """
+
+    help: str
+    module: str
+    config: str
+    inputs: tuple[Input, ...] = ()
+    makes_model: bool = False
+    every_rank: bool = False
+
+
+def _from(role: str, *kinds: str, needed: bool = True) -> Input:
+    return Input(role, kinds or (role,), needed)
+
+
+KINDS: dict[str, Kind] = {
+    "corpus": Kind("read and clean the texts", "lyceum.corpus.pipeline", "CorpusConfig"),
+    "lessons": Kind(
+        "write the conversations to learn from", "lyceum.synth.lessons", "LessonsConfig", (_from("corpus"),)
+    ),
+    "tokenizer": Kind(
+        "learn the pieces that text is cut into",
+        "lyceum.tokens.tokenizer",
+        "TokenizerConfig",
+        (_from("corpus"), _from("lessons", needed=False)),
+    ),
+    "pretrain": Kind(
+        "stage 1: learn to continue text",
+        "lyceum.stages.pretrain",
+        "PretrainConfig",
+        (_from("corpus"), _from("tokenizer")),
+        makes_model=True,
+        every_rank=True,
+    ),
+    "sft": Kind(
+        "stage 2: learn to answer, from written conversations",
+        "lyceum.stages.sft",
+        "SFTConfig",
+        (_from("policy", "pretrain", "sft"), _from("lessons")),
+        every_rank=True,
+    ),
+    "rankings": Kind(
+        "draw answers and rank them",
+        "lyceum.synth.rankings",
+        "RankingsConfig",
+        (_from("policy", "sft", "ppo"), _from("lessons")),
+    ),
+    "reward": Kind(
+        "stage 3: learn to tell the better answer",
+        "lyceum.stages.reward",
+        "RewardConfig",
+        (_from("policy", "sft"), _from("rankings")),
+        every_rank=True,
+    ),
+    "ppo": Kind(
+        "stage 4: learn from the reward of its own answers",
+        "lyceum.stages.ppo",
+        "PPOConfig",
+        (_from("policy", "sft"), _from("reward"), _from("lessons"), _from("pretrain")),
+        every_rank=True,
+    ),
+    "eval": Kind(
+        "ask the held-out questions",
+        "lyceum.evals.tutor_table",
+        "EvalConfig",
+        (
+            _from("corpus"),
+            _from("lessons"),
+            _from("base", "pretrain"),
+            _from("sft"),
+            _from("reward"),
+            _from("ppo"),
+        ),
+    ),
+}
+POLICY = "policy"  # the role that ``from = "name"`` chooses
+CAN_CHAT = ("ppo", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
+REPORT = "lyceum.evals.report"
+
+# -------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """One section, resolved: its settings object, the sections it starts from (role -> name), its seed and its key."""
+
+    section: Section
+    kind: Kind
+    config: Any
+    inputs: dict[str, str]
+    seed: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        """The section's name."""
+        return self.section.name
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """Resolve every section of `recipe`: its settings, its inputs, its key.
+
+    Raises:
+        ConfigError: an unknown kind or setting, a wrong value, or a section with nothing to start from.
+    """
+    if not recipe.sections:
+        raise ConfigError(f"{recipe.path} has no sections", hint=f"write at least one: {', '.join(KINDS)}")
+    for section in recipe.sections:  # all names first: a typo should not wait for heavy imports
+        if section.kind not in KINDS:
+            message = f"{recipe.path} has a section of an unknown kind {section.kind!r}"
+            raise ConfigError(message, hint=did_you_mean(section.kind, [*KINDS, "model"]))
+        if section.name == "old":
+            raise ConfigError(
+                f"{recipe.path}: no section can be named 'old'", hint="that folder keeps replaced sections"
+            )
+    steps: list[Step] = []
+    for section in recipe.sections:
+        steps.append(_resolve(section, recipe, steps))
+    return steps
+
+
+def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
+    kind = KINDS[section.kind]
+    where = f"[{section.kind}]" if section.kind == section.name else f"[{section.kind}.{section.name}]"
+    inputs = _find_inputs(section, kind, earlier, f"{where} in {recipe.path}")
+    module = importlib.import_module(kind.module)
+    config = build(getattr(module, kind.config), section.settings, f"{where} in {recipe.path}")
+    seed = int.from_bytes(hashlib.blake2b(f"{recipe.seed}/{section.name}".encode(), digest_size=4).digest(), "big")
+    keys = {step.name: step.key for step in earlier}
+    made_from = {
+        "kind": section.kind,
+        "settings": settings_of(config),
+        "parents": {role: keys[name] for role, name in inputs.items()},
+        "version": getattr(module, "VERSION", 1),
+        "seed": seed,
+        "model": recipe.model if kind.makes_model else None,
+    }
+    text = json.dumps(made_from, sort_keys=True, default=str)
+    key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return Step(section, kind, config, inputs, seed, key)
+
+
+def _find_inputs(section: Section, kind: Kind, earlier: Sequence[Step], where: str) -> dict[str, str]:
+    """Role -> name of the nearest earlier section that can play it."""
+    if section.source and POLICY not in {wanted.role for wanted in kind.inputs}:
+        raise ConfigError(f"{where}: a {section.kind} section starts from no model", hint="leave out 'from'")
+    inputs = {}
+    for wanted in kind.inputs:
+        fitting = [step.name for step in earlier if step.section.kind in wanted.kinds]
+        kinds = " or ".join(wanted.kinds)
+        if wanted.role == POLICY and section.source:
+            if section.source not in fitting:
+                raise ConfigError(
+                    f"{where}: from = {section.source!r} is no earlier section of kind {kinds}",
+                    hint=did_you_mean(section.source, fitting) or f"add a section of kind {kinds} before it",
+                )
+            inputs[wanted.role] = section.source
+        elif fitting:
+            inputs[wanted.role] = fitting[-1]
+        elif wanted.needed:
+            raise ConfigError(
+                f"{where} needs an earlier section of kind {kinds}", hint=f"add [{wanted.kinds[0]}] before {where}"
+            )
+    return inputs
+
+
+def choose(steps: Sequence[Step], first: str = "", last: str = "") -> list[Step]:
+    """The steps from `first` to `last`, each named by its section or, where only one section has it, its kind."""
+    begin = _find(steps, first, "--from") if first else 0
+    end = _find(steps, last, "--until") if last else len(steps) - 1
+    if begin > end:
+        raise ConfigError(f"--from {first} comes after --until {last}", hint="the recipe's order decides")
+    return list(steps[begin : end + 1])
+
+
+def _find(steps: Sequence[Step], word: str, option: str) -> int:
+    names = [step.name for step in steps]
+    if word in names:
+        return names.index(word)
+    of_kind = [index for index, step in enumerate(steps) if step.section.kind == word]
+    if len(of_kind) == 1:
+        return of_kind[0]
+    several = "several sections" if of_kind else "no section"
+    raise ConfigError(f"{option} {word}: the recipe has {several} of that name", hint=did_you_mean(word, names))
+
+
+# -------------------------------------------------------------------------------- running
+
+
+def run_recipe(
+    recipe_path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    first: str = "",
+    last: str = "",
+    runs_dir: str | Path = "runs",
+) -> Path:
+    """Run a recipe, or the part of it between `first` and `last`; prints the result when the run has one.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: the recipe is wrong.
+        RunError: the run is in use, or something before `first` is missing.
+    """
+    recipe = load_recipe(find_recipe(recipe_path), overrides)
+    path = Path(runs_dir) / recipe.name
+    device.prepare("train", threads=_threads_of(path))
+    dist.start()
+    try:
+        steps = plan(recipe)
+        chosen = choose(steps, first, last)
+        with Run.open(recipe, runs_dir) if dist.is_main() else Run(path) as run:
+            missing_inputs(run, steps, chosen)
+            if dist.is_main():
+                record(run, recipe, steps)
+            for step in chosen:
+                _run_step(run, recipe, step, f"{steps.index(step) + 1}/{len(steps)}")
+            if dist.is_main():
+                _close(run, recipe, steps)
+    finally:
+        dist.stop()
+    return path
+
+
+def missing_inputs(run: Run, steps: Sequence[Step], chosen: Sequence[Step]) -> None:
+    """Refuse to begin if a chosen section starts from one that is neither chosen nor finished as the recipe has it."""
+    by_name = {step.name: step for step in steps}
+    for step in chosen:
+        for name in step.inputs.values():
+            if by_name[name] not in chosen and not run.is_finished(name, by_name[name].key):
+                state = read_state(run.path / name)
+                why = "was never run" if state is None else "is not finished" if not state.finished else "has changed"
+                raise RunError(
+                    f"{step.name} starts from {name}, which {why} in {run.path}", hint=f"run it first: --from {name}"
+                )
+
+
+def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:
+    """Run one section if its key says so; under torchrun rank 0 decides for all."""
+    needed = dist.is_main() and not run.is_finished(step.name, step.key)
+    if not dist.sum_numbers({"needed": float(needed)})["needed"]:
+        state = read_state(run.path / step.name)
+        log.info(f"[{count}] {step.name}: done before ({show_time(state.wall_s if state else 0)})")
+        return
+    folder = run.folder(step.name)
+    wanted = State(step.key, step.section.kind, settings_of(step.config), step.inputs)
+    resumes = False
+    if dist.is_main():
+        folder, resumes = run.begin(step.name, wanted)
+    log.title(f"[{count}] {step.name}: {step.kind.help}" + (" (going on where it was)" if resumes else ""))
+    dist.barrier()
+    work = Work(folder, {role: run.path / name for role, name in step.inputs.items()}, step.seed, recipe)
+    if dist.is_main():
+        with timed(folder, wanted):
+            report = _call(step, work)
+            write_json(folder.report, report)
+        state = read_state(folder.path)
+        line = f"{report['line']} | " if report.get("line") else ""
+        log.info(f"      {line}{show_time(state.wall_s if state else 0)}")
+    elif step.kind.every_rank:
+        _call(step, work)
+    dist.barrier()
+
+
+def _call(step: Step, work: Work) -> dict[str, Any]:
+    """The section's entry function; the traceback of a mistake of ours is kept in the run's folder."""
+    entry = importlib.import_module(step.kind.module).run
+    try:
+        return entry(step.config, work)
+    except LyceumError:
+        raise
+    except Exception:
+        import traceback
+
+        place = work.folder.path.parent / "traceback.txt"
+        try:
+            write_text(place, traceback.format_exc())
+            log.warning(f"{step.name} stopped; the traceback is in {place}")
+        except (OSError, LyceumError):
+            pass  # what went wrong first matters more
+        raise
+
+
+def _close(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Show what the run has come to: the report, if the questions have been asked, and how to go on."""
+    finished = [step for step in steps if run.is_finished(step.name, step.key)]
+    if any(step.section.kind == "eval" for step in finished):
+        built = importlib.import_module(REPORT).build(run.path, recipe)
+        print("\n".join(built["lines"]))
+    else:
+        states = [state for step in finished if (state := read_state(run.path / step.name)) is not None]
+        spent = show_time(sum(state.wall_s for state in states))
+        print(f"schooling so far: {spent} for {len(finished)} of {len(steps)} sections, in {run.path}")
+    if any(step.section.kind in CAN_CHAT for step in finished):
+        print(f"talk to it: lyceum chat {run.path}")
+    sys.stdout.flush()
+
+
+# -------------------------------------------------------------------------------- recipes and the record
+
+
+def find_recipe(given: str | Path) -> Path:
+    """The file of a recipe that is given by path or, for a packaged one, by name.
+
+    Raises:
+        ConfigError: there is none; the hint names the nearest.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    known = {file.stem: file for folder in _recipe_folders() for file in sorted(folder.glob("*.toml"))}
+    if str(path.parent) in (".", "recipes") and path.stem in known and path.suffix in ("", ".toml"):
+        return known[path.stem]
+    raise ConfigError(
+        f"there is no recipe {given}", hint=did_you_mean(path.stem, known) or "give the path of a .toml file"
+    )
+
+
+def _recipe_folders() -> list[Path]:
+    """Where recipes come with the package: inside it when installed, beside it in a checkout."""
+    package = Path(lyceum.__file__).parent
+    return [folder for folder in (package.parent / "recipes", package / "recipes") if folder.is_dir()]
+
+
+def record(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Write the recipe as resolved and the manifest; warn if an unfinished run goes on under other conditions."""
+    tables: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
+    if recipe.model:
+        tables["model"] = recipe.model
+    for step in steps:
+        kind, name = step.section.kind, step.name
+        source = {"from": step.inputs[POLICY]} if POLICY in step.inputs else {}
+        tables[kind if kind == name else f"{kind}.{name}"] = {**source, **settings_of(step.config)}
+    packages = package_versions()
+    manifest = {
+        "lyceum": lyceum.__version__,
+        "code": code_version(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "recipe": str(recipe.path),
+        "seed": recipe.seed,
+        "seeds": {step.name: step.seed for step in steps},
+        "keys": {step.name: step.key for step in steps},
+        "threads": device.num_threads(),
+        "ranks": dist.world_size(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": device.facts(),
+    }
+    before = read_manifest(run.path)
+    if not all(run.is_finished(step.name, step.key) for step in steps):
+        for name, was, now in (
+            ("threads", before.get("threads"), manifest["threads"]),
+            ("torch", before.get("packages", {}).get("torch"), packages["torch"]),
+        ):
+            if was is not None and was != now:
+                log.warning(f"this run was begun with {name} {was}, now {now}: results will differ in the last digits")
+    (run.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier start
+    write_text(run.path / "recipe.toml", to_toml(tables))
+    write_json(run.path / "manifest.json", manifest)
+
+
+def _threads_of(path: Path) -> int | None:
+    """The number of threads that the run in `path` was begun with: a resumed run keeps it, for equal sums."""
+    threads = read_manifest(path).get("threads")
+    return threads if isinstance(threads, int) and 0 < threads <= (os.cpu_count() or 1) else None

@@ -1,0 +1,121 @@
+"""The whole river at toy size: it ends with a table, a report and a chat; killed in every section, it ends the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lyceum.log import read_metrics
+from lyceum.run import read_state
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "smoke.toml"
+SECTIONS = ("corpus", "lessons", "tokenizer", "pretrain", "sft", "rankings", "reward", "ppo", "eval")
+TIMINGS = ("seconds", "tokens_per_s")
+pytestmark = pytest.mark.timeout(500)
+
+
+def lyceum(*arguments: str, runs: Path) -> list[str]:
+    return [sys.executable, "-m", "lyceum", *arguments, "--runs", str(runs)]
+
+
+def run_straight(runs: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(lyceum("run", str(RECIPE), runs=runs), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
+    runs = tmp_path_factory.mktemp("straight")
+    finished = run_straight(runs)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    yield runs / "smoke", finished
+
+
+def losses(run: Path) -> dict[str, list[dict]]:
+    """Section -> its logged lines, without what a clock says."""
+    found = {}
+    for section in SECTIONS:
+        lines = read_metrics(run / section / "metrics.jsonl")
+        found[section] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+    return found
+
+
+def outcomes(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "eval" / "outcomes.jsonl").read_text().splitlines()]
+
+
+def test_the_river_ends_with_a_table_of_four_rows_and_a_page(straight: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, finished = straight
+    report = json.loads((run / "report.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["base", "sft", "best_of_4", "ppo"]
+    assert report["wall_s"] > 0 and 0 < report["peak_memory_gb"] < 4
+    assert all(row["n"]["ends"] > 50 and row["kl"] is not None for row in report["rows"][1:])
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") >= 6 and "written rule, not by people" in page
+    assert "held-out questions" in finished.stdout + finished.stderr
+
+
+def test_every_section_leaves_a_report_and_is_finished(straight: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = straight
+    for section in SECTIONS:
+        state = read_state(run / section)
+        assert state is not None and state.finished, section
+        assert json.loads((run / section / "report.json").read_text())["line"], section
+
+
+def test_a_finished_run_is_not_run_again(straight: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = straight
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*/metrics.jsonl")}
+    again = run_straight(run.parent)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.glob("*/metrics.jsonl")} == before
+    assert (again.stdout + again.stderr).count("done before") == len(SECTIONS)
+
+
+def test_the_finished_run_answers_in_the_chat(straight: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    run, _ = straight
+    command = [sys.executable, "-m", "lyceum", "chat", str(run), "-p", "What does json.dumps do?"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip()
+
+
+def kill_in(section: str, runs: Path) -> bool:
+    """Run the river and end it with SIGKILL in the middle of a section; False if the section was over too soon."""
+    process = subprocess.Popen(
+        lyceum("run", str(RECIPE), runs=runs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    folder = runs / "smoke" / section
+    try:
+        for _ in range(30_000):
+            state = read_state(folder)
+            if process.poll() is not None or (state is not None and state.finished):
+                return False
+            has_begun = read_metrics(folder / "metrics.jsonl") if section in ("pretrain", "sft", "ppo") else state is not None
+            if has_begun:
+                time.sleep(0.3 if section in ("pretrain", "sft") else 0.05)
+                return process.poll() is None
+            time.sleep(0.01)
+        raise AssertionError(f"{section} never began")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_killed_in_every_section_it_ends_as_the_straight_run_did(
+    straight: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    killed = [section for section in SECTIONS if kill_in(section, tmp_path)]
+    assert {"pretrain", "sft", "ppo"} <= set(killed)
+    finished = run_straight(tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert losses(tmp_path / "smoke") == losses(straight[0])
+    assert outcomes(tmp_path / "smoke") == outcomes(straight[0])
