@@ -211,7 +211,8 @@ def _open_book(result: Mapping[str, Any]) -> str:
         return ""
     packages = html.escape(", ".join(book["packages"]))
     shares = {
-        key: (_number(book.get(key)) or "none") + _range(book, key) for key in ("call_rate", "valid_calls", "f1_unseen", "exact")
+        key: (_number(book.get(key)) or "none") + _range(book, key)
+        for key in ("call_rate", "valid_calls", "f1_unseen", "exact")
     }
     return (
         f"<h2>Open book</h2><p>Given the tool <i>lookup</i> and {book['n']['exact']} questions about objects of {packages}, "

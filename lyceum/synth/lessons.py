@@ -72,11 +72,12 @@ def restyle(text: str, chance: random.Random, keep: str = "") -> str:
 
 
 def reword(text: str, chance: random.Random) -> str:
-    """A hand-written request with other small words around the ones that matter: an opening, a closing, one left out."""
+    """A hand-written request with other words around the ones that matter: key words alone, a word left out, an opening."""
     pieces = text.rstrip("?.!").split(" ")
-    small = [i for i, piece in enumerate(pieces) if piece.lower() in SMALL_WORDS]
-    if small and chance.random() < 0.5:
-        pieces.pop(chance.choice(small))
+    if chance.random() < 0.3:
+        pieces = [piece for piece in pieces if piece.lower() not in SMALL_WORDS] or pieces
+    elif len(pieces) > 3:
+        pieces.pop(chance.randrange(len(pieces)))
     opening = chance.choice(OPENINGS) if chance.random() < 0.25 else ""
     closing = chance.choice(CLOSINGS) if chance.random() < 0.25 else ""
     return opening + " ".join(pieces) + closing
@@ -153,7 +154,7 @@ class Lesson:
     def _typed(self, question: Question, chance: random.Random) -> str:
         """The question as somebody might type it, but never a held-out question by accident."""
         text = question.text
-        if not question.template and chance.random() < 0.4:
+        if not question.template and chance.random() < 0.5:
             text = reword(text, chance)
         text = restyle(text, chance, question.name)
         return question.text if content.normalise(text) in self._exam else text

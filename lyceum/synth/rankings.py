@@ -39,7 +39,10 @@ class RankingsConfig:
 
     prompts: int = setting(800, "practice prompts to answer", low=4)
     responses: int = setting(4, "distinct answers a prompt (K)", low=2)
-    earlier: int = setting(1, "of these, answers by the earlier checkpoint", low=0)
+    earlier: int = setting(2, "of these, answers by the earlier checkpoint", low=0)
+    declines: float = setting(
+        0.4, "share of prompts of which one answer is made to begin as a decline does, so that it meets claims", low=0, high=1
+    )
     redraws: int = setting(3, "times duplicates are drawn again", low=0)
     temperature: float = setting(1.0, "sampling temperature", low=0.0)
     max_response_tokens: int = setting(64, "longest answer, in tokens", low=1)
@@ -57,14 +60,23 @@ class Answer:
 
 
 def draw(
-    engine: Engine, chat: ChatFormat, prompts: Sequence[list[int]], seeds: Sequence[int], config: RankingsConfig
+    engine: Engine,
+    chat: ChatFormat,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    config: RankingsConfig,
+    forced: Sequence[tuple[int, ...]],
 ) -> list[Answer]:
-    """One sampled answer to each prompt; the noise of an answer is a function of its own seed."""
+    """One sampled answer to each prompt, after its forced opening if it has one; its noise is a function of its seed."""
     params = [
         SamplingParams(
-            max_tokens=config.max_response_tokens, temperature=config.temperature, stop_ids=chat.stop_ids, seed=seed
+            max_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+            stop_ids=chat.stop_ids,
+            seed=seed,
+            forced=opening,
         )
-        for seed in seeds
+        for seed, opening in zip(seeds, forced, strict=True)
     ]
     outputs = engine.generate(list(prompts), params)
     return [Answer(chat.parse(output.ids).content, output.finish == "stop") for output in outputs]
@@ -75,10 +87,16 @@ def draw_distinct(
 ) -> list[list[Answer]]:
     """Up to K distinct answers to each prompt: K - `earlier` by the first engine, the others by the second.
 
+    For a stated share of prompts the first answer is begun for the model with the first words of a decline. A fine-tuned
+    model seldom declines what it knows, so its own answers hardly ever show a right answer beside a needless decline; a
+    reward model that has not seen the two side by side takes every decline for good, and PPO then declines everything.
+
     Answers that repeat another one of the same prompt are drawn again with another seed, up to `redraws` times, by the
     earlier checkpoint from the second redraw on: a confident model would only repeat itself.
     """
     found: list[dict[str, Answer]] = [{} for _ in prompts.ids]
+    opening = tuple(chat.tokenizer.encode(" ".join(tutor.DECLINE.split()[:4])))
+    is_declined = [random.Random(mix_seed(seed, i)).random() < config.declines for i in range(len(prompts.ids))]
     with progress(len(prompts.ids) * config.responses, "rankings", unit="answer") as bar:
         for attempt, (number, engine) in product(range(config.redraws + 1), enumerate(engines)):
             share = config.earlier if number else config.responses - config.earlier
@@ -88,7 +106,11 @@ def draw_distinct(
                 first = share if attempt == 0 else missing if number == 0 or attempt >= 2 else 0
                 wanted += [i] * min(first, missing)
             seeds = [mix_seed(seed, number, attempt, i, j) for j, i in enumerate(wanted)]
-            answers = draw(engine, chat, [prompts.ids[i] for i in wanted], seeds, config)
+            forced: list[tuple[int, ...]] = [()] * len(wanted)
+            if attempt == 0 and number == 0:
+                for i in filter(is_declined.__getitem__, set(wanted)):
+                    forced[wanted.index(i)] = opening
+            answers = draw(engine, chat, [prompts.ids[i] for i in wanted], seeds, config, forced)
             before = sum(map(len, found))
             for i, answer in zip(wanted, answers, strict=True):
                 if len(found[i]) < config.responses:
