@@ -236,8 +236,8 @@ def _side_by_side(examples: Mapping[str, Any]) -> str:
     )
     return (
         f"<h2>One prompt through every model</h2><p class='ask'>{html.escape(examples['prompt'])}</p>"
-        f"<table class='left'>{rows}</table><p>A base model goes on with the text it was given; a few shots show it the "
-        "form of an answer; fine-tuning makes the form its own.</p>"
+        f"<table class='left'>{rows}</table><p>A base model goes on with the text it was given. In large models a few "
+        "shots mend that; whether they do in this one stands above. Fine-tuning makes the form of an answer its own.</p>"
     )
 
 
