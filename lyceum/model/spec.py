@@ -4,7 +4,7 @@ Why: every variant of the decoder is a value here, never a branch that grows in 
 sets `[model] depth = 6` gets every derived width printed with its reason. The counts of parameters, of floating
 point operations and of memory are here too, because the plan, the report and the benchmark must agree on them.
 
-Run it: `lyceum plan RECIPE` prints the notes of `ModelConfig.derive`.
+Run it: pretraining prints the notes of `ModelConfig.derive`.
 What it is not: it holds no weights and imports no torch; learning rates and horizons are the stages' affair.
 """
 
