@@ -230,7 +230,7 @@ def run(config: EvalConfig, work: Work) -> dict:
     for row in table:
         row["kl"] = kls.get(row["model"])
     _write_outcomes(work.folder.path, results)
-    shots = [q for q in _first(questions, "studied", 4) if q.kind == "does"]
+    shots = [q for q in questions if q.cell == "studied" and q.kind == "does"][:4]
     examples = {
         "prompt": shots[0].text if shots else questions[0].text,
         "models": side_by_side(exam, engines, (shots or questions)[0], shots[1:]),
@@ -254,10 +254,6 @@ def run(config: EvalConfig, work: Work) -> dict:
             count=config.open_book,
         ),
     }
-
-
-def _first(questions: Sequence[Question], cell: str, count: int) -> list[Question]:
-    return [q for q in questions if q.cell == cell and q.kind in ("does", "howto")][:count]
 
 
 def _shown(outcome: Outcome) -> dict:

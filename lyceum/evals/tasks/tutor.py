@@ -3,8 +3,8 @@
 A tutor studied some objects (functions, classes, methods) of real packages and must (a) answer about them in phrasings it
 never saw, (b) say so honestly when a name was not studied, (c) refuse what harms and (d) not refuse what only sounds
 alarming. Names come in four classes: *studied*; *unstudied* (real, but outside the lesson); *near misses* (`json.parse`);
-*made up*. Every name and every template belongs to exactly one split, by a hash of its text, so that no held-out name or
-phrasing can reach training: `train` for supervised examples, `practice` for prompts of the reinforcement stages, `held_out`
+*made up*. Every name belongs to exactly one split, by a hash of its text, and every template stands in one list, so that no
+held-out name or phrasing can reach training: `train` for supervised examples, `practice` for prompts of the reinforcement stages, `held_out`
 for the table.
 
 `grade` is the written rule: the ranking stage and the report both call it. The count of wrong claims does not (`claims`
