@@ -4,8 +4,8 @@ A tutor studied some objects (functions, classes, methods) of real packages and 
 never saw, (b) say so honestly when a name was not studied, (c) refuse what harms and (d) not refuse what only sounds
 alarming. Names come in four classes: *studied*; *unstudied* (real, but outside the lesson); *near misses* (`json.parse`);
 *made up*. Every name belongs to exactly one split, by a hash of its text, and every template stands in one list, so that no
-held-out name or phrasing can reach training: `train` for supervised examples, `practice` for prompts of the reinforcement stages, `held_out`
-for the table.
+held-out name or phrasing can reach training: `train` for supervised examples, `practice` for prompts of the reinforcement stages,
+`held_out` for the table.
 
 `grade` is the written rule: the ranking stage and the report both call it. The count of wrong claims does not (`claims`
 looks the answer up among the sentences that claim nothing), so that a mistake in the rule cannot hide itself.
