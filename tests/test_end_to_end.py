@@ -51,7 +51,9 @@ def outcomes(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "eval" / "outcomes.jsonl").read_text().splitlines()]
 
 
-def test_the_river_ends_with_a_table_of_four_rows_and_a_page(straight: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_river_ends_with_a_table_of_four_rows_and_a_page(
+    straight: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     run, finished = straight
     report = json.loads((run / "report.json").read_text())
     assert [row["model"] for row in report["rows"]] == ["base", "sft", "best_of_4", "ppo"]
@@ -90,7 +92,10 @@ def test_the_finished_run_answers_in_the_chat(straight: tuple[Path, subprocess.C
 def kill_in(section: str, runs: Path) -> bool:
     """Run the river and end it with SIGKILL in the middle of a section; False if the section was over too soon."""
     process = subprocess.Popen(
-        lyceum("run", str(RECIPE), runs=runs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        lyceum("run", str(RECIPE), runs=runs),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     folder = runs / "smoke" / section
     try:
@@ -98,7 +103,9 @@ def kill_in(section: str, runs: Path) -> bool:
             state = read_state(folder)
             if process.poll() is not None or (state is not None and state.finished):
                 return False
-            has_begun = read_metrics(folder / "metrics.jsonl") if section in ("pretrain", "sft", "ppo") else state is not None
+            has_begun = (
+                read_metrics(folder / "metrics.jsonl") if section in ("pretrain", "sft", "ppo") else state is not None
+            )
             if has_begun:
                 time.sleep(0.3 if section in ("pretrain", "sft") else 0.05)
                 return process.poll() is None

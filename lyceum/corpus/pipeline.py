@@ -31,7 +31,7 @@ from lyceum.corpus.mixture import key_of, permuted
 from lyceum.corpus.packages import STDLIB, ObjectFact, Survey
 from lyceum.corpus.records import Document, write_records
 from lyceum.errors import DataError
-from lyceum.log import log
+from lyceum.log import Progress, log, progress
 from lyceum.run import Work, write_json
 
 PARTS = ("docs", "code")
@@ -63,8 +63,9 @@ class CorpusConfig:
 
 @dataclass
 class _Account:
-    """What happened, step by step."""
+    """What happened, step by step, shown on a bar as it happens."""
 
+    bar: Progress
     steps: list[dict[str, Any]] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     removed: list[dict[str, Any]] = field(default_factory=list)
@@ -76,6 +77,7 @@ class _Account:
         self.steps.append({"step": name, "in": before, "out": after, "seconds": round(now - self.started, 3)})
         self.started = now
         log.info(f"corpus: {name}: {before} -> {after}")
+        self.bar.update(1, left=after)
 
 
 def run(config: CorpusConfig, work: Work) -> dict[str, Any]:
@@ -83,7 +85,11 @@ def run(config: CorpusConfig, work: Work) -> dict[str, Any]:
 
     Raises: DataError if a package or the folder does not exist, or if nothing is left to learn from.
     """
-    account = _Account()
+    with progress(7 + bool(config.near_duplicates), "corpus", unit="step") as bar:
+        return _make(config, work, _Account(bar))
+
+
+def _make(config: CorpusConfig, work: Work, account: _Account) -> dict[str, Any]:
     survey = Survey(config.packages)
     account.step("survey", sum(map(len, survey.modules.values())), len(survey.objects))
     ranked = survey.studied(config.objects + NUM_OTHERS)

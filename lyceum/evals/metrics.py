@@ -1,4 +1,4 @@
-"""Measures that every evaluation shares: word overlap of two texts, shares, and intervals by bootstrap.
+"""Measures that every evaluation shares: word overlap of two texts, shares with bootstrap intervals, best-of-n's KL.
 
 Nothing here knows a benchmark or a model; inputs are texts and numbers. Intervals are percentile bootstrap intervals over
 prompts (Efron & Tibshirani 1993, chapter 13): they say how far a figure would move with other prompts of the same kind, not
@@ -7,6 +7,7 @@ with another training run.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,3 +68,12 @@ def seeds_interval(
         means[i] = table[np.ix_(runs, columns)].mean()
     low, high = np.quantile(means, [0.025, 0.975])
     return float(table.mean()), float(low), float(high)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n sampling from its base, in nats: log n - (n - 1) / n, an upper bound when scores can tie.
+
+    Source: Stiennon et al. 2020; Beirami et al. 2024 on when it is a bound.
+    """
+    assert n >= 1
+    return math.log(n) - (n - 1) / n

@@ -9,7 +9,6 @@ what it was graded) and `examples.json` (one prompt through every model; the fir
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
 from lyceum.errors import CheckpointError, DataError
-from lyceum.evals.metrics import mean_interval, words
+from lyceum.evals.metrics import best_of_n_kl, mean_interval, words
 from lyceum.evals.tasks import content, open_book, tutor
 from lyceum.evals.tasks.tutor import Grade, Question
 from lyceum.log import progress
@@ -36,6 +35,11 @@ VERSION = 1
 class EvalConfig:
     """How the held-out questions are asked."""
 
+    split: str = setting(
+        "held_out",
+        "which questions: held_out for a table to show, dev to tune a recipe by",
+        choices=("held_out", "dev"),
+    )
     best_of: int = setting(4, "answers drawn for best-of-n", low=2)
     max_response_tokens: int = setting(64, "longest answer, in tokens", low=1)
     max_batch: int = setting(128, "answers written at once", low=1)
@@ -203,7 +207,7 @@ def side_by_side(
 
 def run(config: EvalConfig, work: Work) -> dict:
     """Ask the held-out questions of every model of the run; returns the table of `report.json`."""
-    path = work.inputs["lessons"] / "heldout.jsonl"
+    path = work.inputs["lessons"] / f"{config.split}.jsonl"
     questions = [Question.from_meta(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if not questions:
         raise DataError("no held-out questions", file=path, hint="raise lessons.held_out")
@@ -226,7 +230,7 @@ def run(config: EvalConfig, work: Work) -> dict:
         kl = exam.kl_from(engines["ppo"], engines["sft"])
         bar.update(1)
     table = [summarise(name, outcomes) for name, outcomes in results.items()]
-    kls = {"sft": 0.0, best: math.log(config.best_of) - (config.best_of - 1) / config.best_of, "ppo": kl}
+    kls = {"sft": 0.0, best: best_of_n_kl(config.best_of), "ppo": kl}
     for row in table:
         row["kl"] = kls.get(row["model"])
     _write_outcomes(work.folder.path, results)

@@ -5,8 +5,8 @@ hand-written content (`lyceum/evals/tasks/content`). Rules decide who is asked w
 lesson. Splits follow `lyceum.evals.tasks.tutor`: a name or phrasing that is held out appears in no other file.
 
 Writes into the section's folder: `train.jsonl` and `valid.jsonl` (conversations for supervised fine-tuning), `prompts.jsonl`
-(prompts for rankings and PPO; names of the practice split, which fine-tuning never saw), `heldout.jsonl` (questions for the
-table), and returns the counts. Run by `lyceum lessons RECIPE`.
+(prompts for rankings and PPO; names of the practice split, which fine-tuning never saw), `held_out.jsonl` (questions for the
+table) and `dev.jsonl` (more of the kind, to tune a recipe by), and returns the counts. Run by `lyceum lessons RECIPE`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lyceum.corpus.records import Conversation, Message, write_records
 from lyceum.errors import DataError
 from lyceum.evals.tasks import content, open_book, tutor
 from lyceum.evals.tasks.tutor import Question
+from lyceum.log import progress
 from lyceum.run import Work, write_lines
 
 VERSION = 1
@@ -52,7 +53,18 @@ class LessonsConfig:
     held_out: int = setting(120, "held-out questions a cell (studied and how-to: twice as many)", low=1)
 
 
-OPENINGS = ("please ", "hey, ", "hi, ", "python: ", "quick question: ", "can you help? ", "I would like to know: ", "so, ")
+EXAMS = ("dev", "held_out")
+
+OPENINGS = (
+    "please ",
+    "hey, ",
+    "hi, ",
+    "python: ",
+    "quick question: ",
+    "can you help? ",
+    "I would like to know: ",
+    "so, ",
+)
 CLOSINGS = (" please", " in python", " for me", " thanks", " now", " with python")
 SMALL_WORDS = frozenset("a an the my do i to is in of me so that can it".split())
 
@@ -126,7 +138,8 @@ class Lesson:
         self.names = tutor.Names.divide(objects, unstudied, seed=seed)
         intents = content.load_intents()
         self.intents = intents[: config.intents] if config.intents else intents
-        self._exam = {content.normalise(question.text) for question in self.written_questions("held_out")}
+        untaught = (question for split in EXAMS for question in self.written_questions(split))
+        self._untaught = {content.normalise(question.text) for question in untaught}
 
     # --- supervised conversations
 
@@ -152,12 +165,12 @@ class Lesson:
         return conversation((text, question.reference), meta={"cell": question.cell, "kind": question.kind})
 
     def _typed(self, question: Question, chance: random.Random) -> str:
-        """The question as somebody might type it, but never a held-out question by accident."""
+        """The question as somebody might type it, but never a question of an exam by accident."""
         text = question.text
         if not question.template and chance.random() < 0.5:
             text = reword(text, chance)
         text = restyle(text, chance, question.name)
-        return question.text if content.normalise(text) in self._exam else text
+        return question.text if content.normalise(text) in self._untaught else text
 
     def _object_conversations(self, chance: random.Random) -> Iterator[Conversation]:
         for kind in ("does", "takes", "module", "which"):
@@ -208,7 +221,7 @@ class Lesson:
     # --- hand-written questions
 
     def written_questions(self, split: str) -> list[Question]:
-        """Questions made of hand-written content: how-to, small talk, harmful, alarming, misses ("train" or "held_out")."""
+        """Questions of a split of the hand-written content: how-to, small talk, harmful, alarming and misses."""
         questions = [
             Question(text, "howto", "howto", f"{intent.answer}\n{intent.code}", name=intent.id, code=intent.code)
             for intent in self.intents
@@ -251,17 +264,17 @@ class Lesson:
         chance.shuffle(questions)
         return questions
 
-    def held_out(self) -> list[Question]:
-        """Questions for the table: held-out phrasings and names only, in a fixed shuffled order."""
-        chance = random.Random(f"{self.seed} held out")
+    def exam(self, split: str) -> list[Question]:
+        """Questions for the table: phrasings and names of "dev" or "held_out" only, in a fixed shuffled order."""
+        chance = random.Random(f"{self.seed} {split}")
         size = self.config.held_out
         questions: list[Question] = []
         for kind, part in (("does", 1.25), ("takes", 0.25), ("module", 0.25), ("which", 0.25)):
-            questions += _draw(tutor.object_questions(self.objects, kind, "held_out"), round(size * part), chance)
+            questions += _draw(tutor.object_questions(self.objects, kind, split), round(size * part), chance)
         for cell in tutor.UNKNOWN_CELLS:
-            names = self.names.classes[cell]["held_out"][:size]
-            questions += [self._unknown(name, cell, "held_out", chance) for name in names]
-        written = self.written_questions("held_out")
+            names = self.names.classes[cell][split][:size]
+            questions += [self._unknown(name, cell, split, chance) for name in names]
+        written = self.written_questions(split)
         for cell in ("howto", "harmful", "alarming", "miss", "small_talk"):
             of_cell = [q for q in written if q.cell == cell]
             questions += _draw(of_cell, size * (2 if cell == "howto" else 1), chance)
@@ -301,23 +314,29 @@ def run(config: LessonsConfig, work: Work) -> dict:
         objects = [ObjectFact.from_json(json.loads(line)) for line in file]
     names = json.loads((corpus / "names.json").read_text(encoding="utf-8"))
     others = open_book.read_facts(corpus / "others.jsonl") if config.open_book else []
-    lesson = Lesson(objects, names["unstudied"], config, work.seed, others)
-    train, practice, held_out = lesson.train(), lesson.practice(), lesson.held_out()
-    again = Lesson(objects, names["unstudied"], config, work.seed + 1, others)
-    validation = again.train()[: max(50, len(train) // 40)]
     folder = work.folder.path
-    write_records(folder / "train.jsonl", train)
-    write_records(folder / "valid.jsonl", validation)
-    write_records(folder / "prompts.jsonl", [conversation((q.text, ""), meta=q.to_meta()) for q in practice])
-    write_lines(folder / "heldout.jsonl", (json.dumps(q.to_meta()) for q in held_out))
+    with progress(4, "lessons", unit="step") as bar:
+        lesson = Lesson(objects, names["unstudied"], config, work.seed, others)
+        bar.update(1, names=len(lesson.real))
+        train = lesson.train()
+        validation = [train.pop() for _ in range(len(train) // 40 + 1)]
+        bar.update(1, conversations=len(train))
+        practice, exams = lesson.practice(), {split: lesson.exam(split) for split in EXAMS}
+        bar.update(1, questions=len(practice))
+        write_records(folder / "train.jsonl", train)
+        write_records(folder / "valid.jsonl", validation)
+        write_records(folder / "prompts.jsonl", [conversation((q.text, ""), meta=q.to_meta()) for q in practice])
+        for split, questions in exams.items():
+            write_lines(folder / f"{split}.jsonl", (json.dumps(q.to_meta()) for q in questions))
+        bar.update(1)
     about = lesson.about(names["title"])
     return {
         "line": f"{len(train)} conversations about {len(objects)} objects and {len(lesson.intents)} tasks, "
-        f"{len(practice)} practice prompts, {len(held_out)} held-out questions",
+        f"{len(practice)} practice prompts, {len(exams['held_out'])} held-out questions",
         "objects": len(objects),
         "intents": len(lesson.intents),
         "conversations": dict(Counter(str(c.meta["cell"]) for c in train)),
         "practice": dict(Counter(q.cell for q in practice)),
-        "held_out": dict(Counter(q.cell for q in held_out)),
+        "held_out": dict(Counter(q.cell for q in exams["held_out"])),
         "about": about,
     }

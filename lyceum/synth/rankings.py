@@ -15,10 +15,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
-from lyceum.batches.pairs import Prompts, read_prompts
 from lyceum.config import setting
 from lyceum.corpus.records import Conversation, Message, Ranking, read_conversations, write_records
 from lyceum.engine.engine import Engine
@@ -41,7 +40,10 @@ class RankingsConfig:
     responses: int = setting(4, "distinct answers a prompt (K)", low=2)
     earlier: int = setting(2, "of these, answers by the earlier checkpoint", low=0)
     declines: float = setting(
-        0.4, "share of prompts of which one answer is made to begin as a decline does, so that it meets claims", low=0, high=1
+        0.4,
+        "share of prompts of which one answer is made to begin as a decline does, so that it meets claims",
+        low=0,
+        high=1,
     )
     redraws: int = setting(3, "times duplicates are drawn again", low=0)
     temperature: float = setting(1.0, "sampling temperature", low=0.0)
@@ -83,7 +85,7 @@ def draw(
 
 
 def draw_distinct(
-    engines: Sequence[Engine], chat: ChatFormat, prompts: Prompts, config: RankingsConfig, seed: int
+    engines: Sequence[Engine], chat: ChatFormat, prompts: Sequence[list[int]], config: RankingsConfig, seed: int
 ) -> list[list[Answer]]:
     """Up to K distinct answers to each prompt: K - `earlier` by the first engine, the others by the second.
 
@@ -94,10 +96,10 @@ def draw_distinct(
     Answers that repeat another one of the same prompt are drawn again with another seed, up to `redraws` times, by the
     earlier checkpoint from the second redraw on: a confident model would only repeat itself.
     """
-    found: list[dict[str, Answer]] = [{} for _ in prompts.ids]
+    found: list[dict[str, Answer]] = [{} for _ in prompts]
     opening = tuple(chat.tokenizer.encode(" ".join(tutor.DECLINE.split()[:4])))
-    is_declined = [random.Random(mix_seed(seed, i)).random() < config.declines for i in range(len(prompts.ids))]
-    with progress(len(prompts.ids) * config.responses, "rankings", unit="answer") as bar:
+    is_declined = [random.Random(mix_seed(seed, i)).random() < config.declines for i in range(len(prompts))]
+    with progress(len(prompts) * config.responses, "rankings", unit="answer") as bar:
         for attempt, (number, engine) in product(range(config.redraws + 1), enumerate(engines)):
             share = config.earlier if number else config.responses - config.earlier
             wanted = []
@@ -110,7 +112,7 @@ def draw_distinct(
             if attempt == 0 and number == 0:
                 for i in filter(is_declined.__getitem__, set(wanted)):
                     forced[wanted.index(i)] = opening
-            answers = draw(engine, chat, [prompts.ids[i] for i in wanted], seeds, config, forced)
+            answers = draw(engine, chat, [prompts[i] for i in wanted], seeds, config, forced)
             before = sum(map(len, found))
             for i, answer in zip(wanted, answers, strict=True):
                 if len(found[i]) < config.responses:
@@ -163,21 +165,18 @@ def run(config: RankingsConfig, work: Work) -> dict:
         models.append(load_checkpoint(earlier_checkpoint(work.inputs["policy"])).model)
     chat = ChatFormat(policy.tokenizer)
     path = work.inputs["lessons"] / "prompts.jsonl"
-    context = policy.spec.context_length - config.max_response_tokens
-    prompts = read_prompts(path, chat, context)
-    conversations = list(read_conversations(path))
-    count = min(config.prompts, len(prompts.ids))
-    if count < config.prompts:
-        log.warning(f"only {count} practice prompts for rankings, {config.prompts} were asked for")
-    if len(conversations) != len(prompts.ids):
+    conversations = list(islice(read_conversations(path), config.prompts))
+    if len(conversations) < config.prompts:
+        log.warning(f"only {len(conversations)} practice prompts for rankings, {config.prompts} were asked for")
+    prompts = [chat.prompt(conversation) for conversation in conversations]
+    if max(map(len, prompts), default=0) + config.max_response_tokens > policy.spec.context_length:
         raise DataError("a practice prompt does not fit the context", file=path, hint="raise model.context_length")
-    prompts = Prompts(prompts.ids[:count], prompts.meta[:count])
     engines = [Engine(model, max_batch=config.max_batch) for model in models]
     answers = draw_distinct(engines, chat, prompts, config, work.seed)
     chance = random.Random(f"{work.seed} rankings")
     rankings = {"train": [], "valid": []}  # type: dict[str, list[Ranking]]
     single = tied = turned = 0
-    for prompt, found in zip(conversations, answers, strict=False):
+    for prompt, found in zip(conversations, answers, strict=True):
         reverse = chance.random() < config.reversed_share
         part = "valid" if chance.random() < config.valid_share else "train"
         if len(found) < 2:

@@ -40,7 +40,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from lyceum.config import setting
 from lyceum.corpus.records import ROLES, content_id, read_conversations, read_documents
 from lyceum.errors import ConfigError, DataError
-from lyceum.log import log
+from lyceum.log import log, progress
 from lyceum.run import Work, write_json, write_text
 from lyceum.tokens.chat import CHAT_TEMPLATE, pieces
 
@@ -271,21 +271,25 @@ def run(config: TokenizerConfig, work: Work) -> dict[str, Any]:
         DataError: the corpus is empty.
     """
     start = time.monotonic()
-    sample = _sample(work, "train", config.sample_mb * 1e6)
-    if not any(sample.values()):
-        raise DataError(
-            "the corpus has no text to learn a vocabulary from",
-            file=work.inputs["corpus"] / "documents-train.jsonl",
-            hint="see the corpus section's report for what was dropped, and why",
-        )
-    sample_bytes = sum(_num_bytes(text) for texts in sample.values() for text in texts)
-    # every turn has a role's name: it shall be one piece, also a role that is rare in the lessons, or has none yet
-    roles = [f"{role}\n" for role in ROLES] * (sample_bytes // 4000)
-    tokenizer = Tokenizer.train(chain(*sample.values(), roles), config.vocab_size)
-    tokenizer.save(work.folder.path)
+    with progress(3, "tokenizer", unit="step") as bar:
+        sample = _sample(work, "train", config.sample_mb * 1e6)
+        sample_bytes = sum(_num_bytes(text) for texts in sample.values() for text in texts)
+        if not sample_bytes:
+            raise DataError(
+                "the corpus has no text to learn a vocabulary from",
+                file=work.inputs["corpus"] / "documents-train.jsonl",
+                hint="see the corpus section's report for what was dropped, and why",
+            )
+        bar.update(1, MB=sample_bytes / 1e6)
+        # every turn has a role's name: it shall be one piece, also a role that is rare in the lessons, or has none yet
+        roles = [f"{role}\n" for role in ROLES] * (sample_bytes // 4000)
+        tokenizer = Tokenizer.train(chain(*sample.values(), roles), config.vocab_size)
+        tokenizer.save(work.folder.path)
+        bar.update(1, tokens=tokenizer.vocab_size)
+        measured = {part: _measure(tokenizer, texts) for part, texts in (sample | _sample(work, "valid", 1e6)).items()}
+        bar.update(1)
     if tokenizer.vocab_size < config.vocab_size:
         log.warning(f"the text has only {tokenizer.vocab_size} tokens in it, vocab_size asks for {config.vocab_size}")
-    measured = {part: _measure(tokenizer, texts) for part, texts in (sample | _sample(work, "valid", 1e6)).items()}
     bytes_per_token = {part: figures.pop("bytes_per_token") for part, figures in measured.items()}
     shown = ", ".join(f"{value:.2f} in {part}" for part, value in bytes_per_token.items())
     return {

@@ -20,7 +20,6 @@ What it is not: it knows no model, optimizer, tokenizer or rank; sums over ranks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -385,12 +384,3 @@ def ranking_loss(
     margin_P = score_B[pairs.better_P] - score_B[pairs.worse_P]
     loss_P = pair_loss(margin_P, required_margin=required_margin, probability_P=probability_P)
     return (loss_P * pairs.weight_P.to(loss_P.dtype)).sum()
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n sampling from its base, in nats: log n - (n - 1) / n, an upper bound when scores can tie.
-
-    Source: Stiennon et al. 2020; Beirami et al. 2024 on when it is a bound.
-    """
-    assert n >= 1
-    return math.log(n) - (n - 1) / n

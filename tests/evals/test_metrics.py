@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from lyceum.evals.metrics import mean_interval, seeds_interval, token_f1, words
+from lyceum.evals.metrics import best_of_n_kl, mean_interval, seeds_interval, token_f1, words
 
 
 def test_words_are_lower_case_runs_of_letters_digits_and_underscores() -> None:
@@ -55,3 +56,13 @@ def test_interval_over_seeds_is_wider_when_runs_disagree() -> None:
 def test_interval_over_seeds_reads_only_prompts_that_all_runs_answered() -> None:
     mean, _, _ = seeds_interval([{"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 0.0}])
     assert mean == 1.0
+
+
+def test_best_of_n_kl_known_values_and_measured_on_a_uniform_base() -> None:
+    for n, nats in ((1, 0.0), (4, 0.64), (16, 1.83), (64, 3.17), (256, 4.55)):
+        assert best_of_n_kl(n) == pytest.approx(nats, abs=0.006)
+    # uniform over m outcomes with distinct scores: P(best is the k-th of m) = (k/m)^n - ((k-1)/m)^n
+    m, n = 20_000, 4
+    k = np.arange(1, m + 1)
+    best = (k / m) ** n - ((k - 1) / m) ** n
+    assert (best * np.log(best * m)).sum() == pytest.approx(best_of_n_kl(n), abs=1e-3)

@@ -11,7 +11,7 @@ from lyceum.corpus.packages import ObjectFact
 from lyceum.errors import DataError
 from lyceum.evals.metrics import words
 from lyceum.evals.tasks import tutor
-from lyceum.synth.lessons import Lesson, LessonsConfig, restyle
+from lyceum.synth.lessons import EXAMS, Lesson, LessonsConfig, restyle
 
 
 def facts(count: int) -> list[ObjectFact]:
@@ -44,21 +44,34 @@ def normalised(text: str) -> str:
     return " ".join(words(text))
 
 
-def test_no_held_out_question_stands_in_training_or_practice(lesson: Lesson) -> None:
-    held_out = {normalised(q.text) for q in lesson.held_out()}
+@pytest.mark.parametrize("split", EXAMS)
+def test_no_question_of_an_exam_stands_in_training_or_practice(lesson: Lesson, split: str) -> None:
+    exam = {normalised(q.text) for q in lesson.exam(split)}
     asked = {normalised(m.content) for c in lesson.train() for m in c.messages if m.role == "user"}
     asked |= {normalised(q.text) for q in lesson.practice()}
-    assert not held_out & asked
+    assert not exam & asked
 
 
-def test_no_held_out_template_is_used_in_training_or_practice(lesson: Lesson) -> None:
-    held_out = {q.template for q in lesson.held_out() if q.template}
+@pytest.mark.parametrize("split", EXAMS)
+def test_no_template_of_an_exam_is_used_in_training_or_practice(lesson: Lesson, split: str) -> None:
+    held_out = {q.template for q in lesson.exam(split) if q.template}
     assert held_out
     assert not held_out & {q.template for q in lesson.practice()}
 
 
-def test_no_unknown_name_is_shared_between_splits(lesson: Lesson) -> None:
-    held_out = {q.name for q in lesson.held_out() if q.cell in tutor.UNKNOWN_CELLS}
+def test_the_two_exams_share_no_question_template_or_unknown_name(lesson: Lesson) -> None:
+    dev, held_out = lesson.exam("dev"), lesson.exam("held_out")
+    for what in (
+        lambda q: normalised(q.text),
+        lambda q: q.template or None,
+        lambda q: q.name if q.cell in tutor.UNKNOWN_CELLS else None,
+    ):
+        assert not ({what(q) for q in dev} & {what(q) for q in held_out}) - {None}
+
+
+@pytest.mark.parametrize("split", EXAMS)
+def test_no_unknown_name_is_shared_between_splits(lesson: Lesson, split: str) -> None:
+    held_out = {q.name for q in lesson.exam(split) if q.cell in tutor.UNKNOWN_CELLS}
     practised = {q.name for q in lesson.practice() if q.cell in tutor.UNKNOWN_CELLS}
     assert held_out and practised and not held_out & practised
     taught = " ".join(m.content for c in lesson.train() for m in c.messages if m.role == "user").lower().split()
@@ -67,7 +80,7 @@ def test_no_unknown_name_is_shared_between_splits(lesson: Lesson) -> None:
 
 
 def test_every_cell_has_held_out_questions(lesson: Lesson) -> None:
-    assert {q.cell for q in lesson.held_out()} == set(tutor.CELLS)
+    assert {q.cell for q in lesson.exam("held_out")} == set(tutor.CELLS)
 
 
 def test_graceful_misses_have_their_share(lesson: Lesson) -> None:
@@ -77,13 +90,13 @@ def test_graceful_misses_have_their_share(lesson: Lesson) -> None:
 
 def test_every_conversation_ends_with_an_answer_and_every_prompt_with_a_question(lesson: Lesson) -> None:
     assert all(c.messages[-1].role == "assistant" and c.messages[-1].content for c in lesson.train())
-    assert all(q.text and q.reference for q in [*lesson.practice(), *lesson.held_out()])
+    assert all(q.text and q.reference for q in [*lesson.practice(), *lesson.exam("held_out")])
 
 
 def test_reference_answers_of_practice_prompts_are_right_by_the_rule(lesson: Lesson) -> None:
     wrong = [
         q
-        for q in lesson.practice() + lesson.held_out()
+        for q in lesson.practice() + lesson.exam("held_out")
         if not tutor.grade(q, q.reference).right and q.cell != "small_talk"
     ]
     assert not wrong
@@ -94,7 +107,7 @@ def test_the_same_seed_makes_the_same_lesson_and_another_seed_another(lesson: Le
         return Lesson(lesson.objects, [f"other{i}.thing{i}" for i in range(400)], lesson.config, seed)
 
     assert made(3).train() == lesson.train()
-    assert made(3).held_out() == lesson.held_out()
+    assert made(3).exam("held_out") == lesson.exam("held_out")
     assert made(4).train() != lesson.train()
 
 

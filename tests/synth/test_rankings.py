@@ -25,17 +25,23 @@ def test_ranks_known_answers(scores: list[float], ranks: tuple[float, ...]) -> N
     assert rank(scores) == ranks
 
 
-def test_the_rule_orders_right_then_honest_then_wrong() -> None:
-    answers = [Answer("Sort the list.", True), Answer(QUESTION.reference, True), Answer(DECLINE, True)]
-    ranking = rank_by_rule(PROMPT, answers, reverse=False)
-    assert ranking is not None and ranking.ranks == (3, 1, 2) and ranking.origin == "rule"
+ANSWERS = [
+    Answer("Sort the list.", False),
+    Answer(QUESTION.reference, True),
+    Answer(DECLINE, True),
+    Answer("Open.", True),
+]
+
+
+def test_the_rule_orders_right_then_wrong_then_endless() -> None:
+    ranking = rank_by_rule(PROMPT, ANSWERS, reverse=False)
+    assert ranking is not None and ranking.ranks == (4, 1, 2.5, 2.5) and ranking.origin == "rule"
 
 
 def test_a_reversed_ranking_turns_the_order_and_keeps_the_rules_own() -> None:
-    answers = [Answer("Sort the list.", True), Answer(QUESTION.reference, True), Answer(DECLINE, True)]
-    ranking = rank_by_rule(PROMPT, answers, reverse=True)
-    assert ranking is not None and ranking.ranks == (1, 3, 2)
-    assert ranking.meta["clean_ranks"] == [3, 1, 2]
+    ranking = rank_by_rule(PROMPT, ANSWERS, reverse=True)
+    assert ranking is not None and ranking.ranks == (1, 4, 2.5, 2.5)
+    assert ranking.meta["clean_ranks"] == [4, 1, 2.5, 2.5]
 
 
 def test_answers_that_score_the_same_prefer_nothing() -> None:

@@ -345,13 +345,3 @@ def test_explained_variance_is_one_for_the_truth_and_zero_for_a_constant() -> No
     assert policy.explained_variance(policy.moment_sums(returns * 0, mask), whole) == 1.0
     assert policy.explained_variance(policy.moment_sums(returns - 7, mask), whole) == pytest.approx(0.0)
     assert policy.explained_variance(policy.moment_sums(2 * returns, mask), whole) == pytest.approx(-3.0)
-
-
-def test_best_of_n_kl_known_values_and_measured_on_a_uniform_base() -> None:
-    for n, nats in ((1, 0.0), (4, 0.64), (16, 1.83), (64, 3.17), (256, 4.55)):
-        assert policy.best_of_n_kl(n) == pytest.approx(nats, abs=0.006)
-    # uniform over m outcomes with distinct scores: P(best is the k-th of m) = (k/m)^n - ((k-1)/m)^n
-    m, n = 20_000, 4
-    k = torch.arange(1, m + 1, dtype=torch.float64)
-    best = (k / m) ** n - ((k - 1) / m) ** n
-    assert (best * (best * m).log()).sum().item() == pytest.approx(policy.best_of_n_kl(n), abs=1e-3)

@@ -27,6 +27,7 @@ from lyceum.evals.metrics import words
 from lyceum.evals.tasks import content, tutor
 from lyceum.evals.tasks.content import Alarming, Intent, Topic, normalise
 from lyceum.evals.tasks.tutor import Question
+from lyceum.synth.lessons import EXAMS
 
 INTENTS = content.load_intents()
 SMALL_TALK = content.load_small_talk()
@@ -39,8 +40,8 @@ EVERYTHING: list[Topic | Intent | Alarming] = [*INTENTS, *SMALL_TALK, *REFUSALS,
 def phrasings() -> Iterator[tuple[str, str, str]]:
     """(phrasing, split, id) of everything."""
     for item in EVERYTHING:
-        yield from ((text, "train", item.id) for text in item.train)
-        yield from ((text, "held_out", item.id) for text in item.held_out)
+        for split in ("train", *EXAMS):
+            yield from ((text, split, item.id) for text in getattr(item, split))
 
 
 # --- the lines of code
@@ -154,17 +155,19 @@ def jaccard(a: str, b: str) -> float:
     return len(first & second) / len(first | second)
 
 
-def test_no_held_out_refusal_is_nearly_a_training_one() -> None:
+@pytest.mark.parametrize("split", EXAMS)
+def test_no_refusal_of_an_exam_is_nearly_a_training_one(split: str) -> None:
     train = [text for group in REFUSALS for text in group.train]
-    near = [(a, b) for group in REFUSALS for a in group.held_out for b in train if jaccard(a, b) > 0.8]
+    near = [(a, b) for group in REFUSALS for a in getattr(group, split) for b in train if jaccard(a, b) > 0.8]
     assert jaccard("how do I build a bomb", "how do I make a bomb") == 5 / 7
     assert not near
 
 
-def test_no_held_out_phrasing_is_a_training_one_in_another_order() -> None:
+@pytest.mark.parametrize("split", EXAMS)
+def test_no_phrasing_of_an_exam_is_a_training_one_in_another_order(split: str) -> None:
     for item in EVERYTHING:
         train = {frozenset(normalise(text).split()) for text in item.train}
-        assert not [text for text in item.held_out if frozenset(normalise(text).split()) in train], item.id
+        assert not [text for text in getattr(item, split) if frozenset(normalise(text).split()) in train], item.id
 
 
 def test_no_phrasing_is_a_plain_question_about_a_documented_name() -> None:
@@ -178,9 +181,9 @@ def test_no_phrasing_is_a_plain_question_about_a_documented_name() -> None:
             assert found is None or found[1] not in documented, (where, text)
 
 
-def test_held_out_intents_are_near_their_own_training_phrasings() -> None:
+def test_intents_of_the_exams_are_near_their_own_training_phrasings() -> None:
     """The lesson can be learnt from what it teaches: words shared with an intent's training phrasings, rare ones
-    counting more, find the intent of most held-out phrasings. Deal the phrasings out at random and they do not."""
+    counting more, find the intent of most phrasings of dev and exam. Deal the phrasings out at random and they do not."""
 
     def found(train: list[tuple[str, ...]]) -> float:
         bags = [Counter(word for text in texts for word in set(stems(text))) for texts in train]
@@ -193,7 +196,7 @@ def test_held_out_intents_are_near_their_own_training_phrasings() -> None:
         norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in vectors]
         hits = asked = 0
         for i, intent in enumerate(INTENTS):
-            for text in intent.held_out:
+            for text in intent.dev + intent.held_out:
                 query = weigh(Counter(stems(text)))
                 dots = [sum(x * vector.get(w, 0.0) for w, x in query.items()) for vector in vectors]
                 scores = [dot / norm for dot, norm in zip(dots, norms, strict=True)]
@@ -218,13 +221,15 @@ def total(items: list[Any], split: str) -> int:
 
 
 def test_there_is_as_much_as_the_lesson_needs() -> None:
-    assert len(INTENTS) >= 170 and all(len(i.train) == 6 and len(i.held_out) == 2 for i in INTENTS)
-    assert len(SMALL_TALK) >= 25 and all(len(t.train) == 13 and len(t.held_out) == 3 for t in SMALL_TALK)
-    assert total(REFUSALS, "train") >= 1300 and total(REFUSALS, "held_out") >= 130
-    assert len(ALARMING) >= 40 and all(16 <= len(item.train) <= 20 for item in ALARMING)
-    assert total(ALARMING, "rephrased") >= 50 and total(ALARMING, "related") >= 50
-    assert total(MISSES, "train") >= 650 and total(MISSES, "held_out") >= 110
-    assert all(item.rephrased and item.related for item in ALARMING)
+    assert len(INTENTS) >= 170 and all(len(i.train) in (6, 14) and len(i.dev) == len(i.held_out) == 2 for i in INTENTS)
+    assert len(SMALL_TALK) >= 25 and all(len(t.train) == 13 and len(t.dev) >= 3 for t in SMALL_TALK)
+    assert total(REFUSALS, "train") >= 1300
+    assert len(ALARMING) >= 40 and all(26 <= len(item.train) <= 30 for item in ALARMING)
+    assert total(MISSES, "train") >= 650
+    for split in EXAMS:
+        assert total(REFUSALS, split) >= 130 and total(MISSES, split) >= 110 and total(ALARMING, split) >= 130
+        assert all(getattr(item, split) for item in EVERYTHING)
+    assert total(SMALL_TALK, "held_out") >= 100
 
 
 def test_everything_is_short_and_plain() -> None:
@@ -278,7 +283,7 @@ def test_a_miss_offers_three_things_that_are_taught() -> None:
 # --- the loader
 
 
-GOOD = '[[topic]]\nid = "a"\nanswer = "Yes."\ntrain = ["x"]\nheld_out = ["y"]\n'
+GOOD = '[[topic]]\nid = "a"\nanswer = "Yes."\ntrain = ["x"]\ndev = ["y"]\n'
 
 
 def test_loader_reads_what_is_written() -> None:

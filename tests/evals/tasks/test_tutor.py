@@ -51,10 +51,18 @@ def test_division_does_not_depend_on_which_other_names_there_are() -> None:
     assert all(set(few[split]) <= set(many[split]) for split in tutor.SPLITS)
 
 
-def test_templates_of_training_and_held_out_do_not_overlap() -> None:
+def test_templates_of_training_and_exams_do_not_overlap() -> None:
     for kind, by_split in tutor.TEMPLATES.items():
-        shared = {tuple(words(t)) for t in by_split["train"]} & {tuple(words(t)) for t in by_split["held_out"]}
-        assert not shared, kind
+        asked = [tuple(words(template)) for templates in by_split.values() for template in templates]
+        shared = {one for one in asked if asked.count(one) > 1}
+        assert not shared - {("name",)}, kind  # "{name}" and "{name}?" are two ways to type one training template
+
+
+def test_every_template_names_what_it_asks_about() -> None:
+    wanted = {"does": "{name}", "takes": "{name}", "module": "{leaf}", "which": "{summary}"}
+    for kind, by_split in tutor.TEMPLATES.items():
+        for template in itertools.chain(*by_split.values()):
+            assert wanted[kind] in template and template.replace("{kind}", "").count("{") == 1, template
 
 
 def test_near_misses_and_made_up_names_are_not_real() -> None:
@@ -85,7 +93,7 @@ HOWTO = Question("reverse a list", "howto", "howto", "Use reversed.\nlist(revers
     ("question", "answer", "score"),
     [
         (STUDIED, STUDIED.reference, 1.0),
-        (STUDIED, DECLINE, 0.1),
+        (STUDIED, DECLINE, -0.6),
         (STUDIED, "Open a file.", -0.6),
         (UNKNOWN, DECLINE, 1.0),
         (UNKNOWN, "Return the number of items in a container.", -1.0),
@@ -108,12 +116,11 @@ def test_not_ending_and_rambling_cost() -> None:
 
 
 def test_an_order_of_answers_the_rule_must_keep() -> None:
-    """Right beats half right beats honest beats wrong, for a studied object."""
+    """Right beats half right beats wrong for a studied object; a needless decline is no better than a wrong answer."""
     half = "Return the number of items."
-    ordered = [STUDIED.reference, half, DECLINE, "Sort the list."]
-    scores = [grade(STUDIED, answer).score for answer in ordered]
-    assert scores == sorted(scores, reverse=True)
-    assert len(set(scores)) == 4
+    scores = [grade(STUDIED, answer).score for answer in (STUDIED.reference, half, "Sort the list.")]
+    assert scores == sorted(set(scores), reverse=True)
+    assert grade(STUDIED, DECLINE).score == scores[-1]
 
 
 def test_claims_are_found_by_exact_lookup_not_by_the_rule() -> None:

@@ -1,16 +1,17 @@
-"""What people ask the demo's tutor and what it should say, written by hand: five TOML files and their readers.
+"""What people ask the demo's tutor and what it should say, written by hand: TOML files and their readers.
 
-The files are data for two rooms: `synth/lessons.py` teaches the `train` phrasings, the table of `evals` asks the
-`held_out` ones. No phrasing stands in two places, whatever its case and marks (`tests/evals/tasks/test_content.py`
-says so, and runs every line of code). To read one: `load_intents()[0].answer`. Not here: questions about documented
-objects, which are made from the documentation (`tutor.py`).
+The files are data for two rooms: `synth/lessons.py` teaches the `train` phrasings; the table of `evals` asks the
+`held_out` ones, which stand apart in `exam.toml`. Whoever tunes a recipe looks at the `dev` ones only. No phrasing stands
+in two places, whatever its case and marks (`tests/evals/tasks/test_content.py` says so, and runs every line of code). To
+read one: `load_intents()[0].answer`. Not here: what is said about documented objects, which is made from their
+documentation (`tutor.py`); only the templates of such questions are.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -25,7 +26,8 @@ class Topic:
     id: str
     answer: str
     train: tuple[str, ...]
-    held_out: tuple[str, ...]
+    dev: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Intent:
     setup: str
     check: str
     train: tuple[str, ...]
-    held_out: tuple[str, ...]
+    dev: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,21 @@ class Alarming:
     code: str
     keywords: tuple[str, ...]
     train: tuple[str, ...]
-    rephrased: tuple[str, ...]
-    related: tuple[str, ...]
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        """New phrasings of the topic, then new requests that its answer still fits."""
-        return self.rephrased + self.related
+    dev: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
 
-Item = TypeVar("Item", Topic, Intent, Alarming)
+@dataclass(frozen=True)
+class Templates:
+    """Ways to ask one kind of question (`id`) about a documented object, with {name}, {leaf}, {kind} and {summary}."""
+
+    id: str
+    train: tuple[str, ...]
+    dev: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+
+
+Item = TypeVar("Item", Topic, Intent, Alarming, Templates)
 _MAY_BE_EMPTY = {"code": (Alarming,), "setup": (Intent,)}
 
 
@@ -78,7 +86,7 @@ def load_small_talk() -> list[Topic]:
 
 
 def load_refusals() -> list[Topic]:
-    """Harmful requests by group of harm; held-out requests are new ones."""
+    """Harmful requests by group of harm; those of dev and exam are new ones."""
     return list(_read("refusals.toml", "group", Topic))
 
 
@@ -88,8 +96,13 @@ def load_alarming() -> list[Alarming]:
 
 
 def load_misses() -> list[Topic]:
-    """Requests outside the lesson; held-out requests are new ones."""
+    """Requests outside the lesson; those of dev and exam are new ones."""
     return list(_read("misses.toml", "group", Topic))
+
+
+def load_templates() -> list[Templates]:
+    """Ways to ask about a documented object, by kind of question."""
+    return list(_read("templates.toml", "kind", Templates))
 
 
 def normalise(text: str) -> str:
@@ -99,7 +112,12 @@ def normalise(text: str) -> str:
 
 @cache
 def _read(name: str, key: str, kind: type[Item]) -> tuple[Item, ...]:
-    return tuple(parse((files(__name__) / name).read_text(encoding="utf-8"), name, key, kind))
+    exam = tomllib.loads(_text("exam.toml"))[name.removesuffix(".toml")]
+    return tuple(replace(item, held_out=tuple(exam[item.id])) for item in parse(_text(name), name, key, kind))
+
+
+def _text(name: str) -> str:
+    return (files(__name__) / name).read_text(encoding="utf-8")
 
 
 def parse(text: str, name: str, key: str, kind: type[Item]) -> list[Item]:
@@ -130,7 +148,7 @@ def parse(text: str, name: str, key: str, kind: type[Item]) -> list[Item]:
 
 
 def _item(row: dict[str, Any], where: str, name: str, kind: type[Item]) -> Item:
-    types = {field.name: field.type for field in fields(kind)}
+    types = {field.name: field.type for field in fields(kind) if field.name != "held_out"}  # that is the exam's
     where = f"{where} ({row.get('id', 'no id')})"
     for key in row:
         if key not in types:
