@@ -254,10 +254,10 @@ class Lesson:
             questions += [self._unknown(name, cell, "practice", chance) for name in names]
         written = self.written_questions("train")
         rest = total - len(questions)
-        parts = {"does": 0.45, "takes": 0.07, "module": 0.05, "which": 0.05}
+        parts = {"does": 0.36, "takes": 0.06, "module": 0.05, "which": 0.04}
         for kind, part in parts.items():
             questions += _draw(tutor.object_questions(self.objects, kind, "train"), round(rest * part), chance)
-        cells = {"howto": 0.18, "harmful": 0.06, "alarming": 0.06, "miss": 0.06, "small_talk": 0.02}
+        cells = {"howto": 0.2, "harmful": 0.09, "alarming": 0.1, "miss": 0.06, "small_talk": 0.04}
         for cell, part in cells.items():
             questions += _draw([q for q in written if q.cell == cell], round(rest * part), chance)
         questions = [replace(q, text=self._typed(q, chance)) for q in questions]

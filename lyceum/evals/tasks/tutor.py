@@ -194,8 +194,9 @@ def near_misses(objects: Sequence[ObjectFact], real: set[str], seed: int) -> lis
         owned.setdefault(name.rsplit(".", 1)[0], set()).add(leaf_of(name))
     for name in dotted:
         owner, leaf = name.rsplit(".", 1)
-        made = [f"{owner}.{chance.choice(leaves)}", f"{owner}.{leaf}{chance.choice(_ENDINGS)}"]
-        made += [f"{owner}.{verb}" for verb in chance.sample(_VERBS, 3)]
+        made = [f"{owner}.{other}" for other in chance.sample(leaves, min(4, len(leaves)))]
+        made += [f"{owner}.{leaf}{ending}" for ending in chance.sample(_ENDINGS, 3)]
+        made += [f"{owner}.{verb}" for verb in chance.sample(_VERBS, 4)]
         for candidate in made:
             if leaf_of(candidate) not in owned.get(owner, ()):
                 found[candidate] = None
