@@ -55,17 +55,6 @@ class LessonsConfig:
 
 EXAMS = ("dev", "held_out")
 
-OPENINGS = (
-    "please ",
-    "hey, ",
-    "hi, ",
-    "python: ",
-    "quick question: ",
-    "can you help? ",
-    "I would like to know: ",
-    "so, ",
-)
-CLOSINGS = (" please", " in python", " for me", " thanks", " now", " with python")
 SMALL_WORDS = frozenset("a an the my do i to is in of me so that can it".split())
 
 
@@ -84,15 +73,23 @@ def restyle(text: str, chance: random.Random, keep: str = "") -> str:
 
 
 def reword(text: str, chance: random.Random) -> str:
-    """A hand-written request with other words around the ones that matter: key words alone, a word left out, an opening."""
+    """A hand-written request in fewer words: the key words alone, or a word left out."""
     pieces = text.rstrip("?.!").split(" ")
     if chance.random() < 0.3:
         pieces = [piece for piece in pieces if piece.lower() not in SMALL_WORDS] or pieces
     elif len(pieces) > 3:
         pieces.pop(chance.randrange(len(pieces)))
-    opening = chance.choice(OPENINGS) if chance.random() < 0.25 else ""
-    closing = chance.choice(CLOSINGS) if chance.random() < 0.25 else ""
-    return opening + " ".join(pieces) + closing
+    return " ".join(pieces)
+
+
+def frame(text: str, chance: random.Random) -> str:
+    """Now and then, something said before a question or after it, as people do."""
+    frames = content.load_frames()
+    if chance.random() < 0.2:
+        text = f"{chance.choice(frames['before'])} {text}"
+    if chance.random() < 0.1:
+        text = f"{text} {chance.choice(frames['after'])}"
+    return text
 
 
 def _slip(text: str, chance: random.Random, keep: str) -> str:
@@ -133,7 +130,7 @@ class Lesson:
         if not objects:
             raise DataError("the lesson has no studied objects", hint="give the corpus section a package with docs")
         self.config, self.seed = config, seed
-        self.objects = list(objects)
+        self.objects, self.unstudied = list(objects), unstudied
         self.others, self.real = others, [*(fact.name for fact in objects), *unstudied]
         self.names = tutor.Names.divide(objects, unstudied, seed=seed)
         intents = content.load_intents()
@@ -169,7 +166,7 @@ class Lesson:
         text = question.text
         if not question.template and chance.random() < 0.5:
             text = reword(text, chance)
-        text = restyle(text, chance, question.name)
+        text = restyle(frame(text, chance), chance, question.name)
         return question.text if content.normalise(text) in self._untaught else text
 
     def _object_conversations(self, chance: random.Random) -> Iterator[Conversation]:
@@ -183,7 +180,7 @@ class Lesson:
                 chance.shuffle(questions)
                 for i in range(rounds):
                     question = questions[i % len(questions)]
-                    first = (restyle(question.text, chance, name), question.reference)
+                    first = (self._typed(question, chance), question.reference)
                     meta = {"cell": "studied", "kind": kind}
                     if chance.random() < self.config.follow_up_share:
                         yield conversation(first, *self._follow_up(facts[name], kind, chance), meta=meta)
@@ -265,14 +262,18 @@ class Lesson:
         return questions
 
     def exam(self, split: str) -> list[Question]:
-        """Questions for the table: phrasings and names of "dev" or "held_out" only, in a fixed shuffled order."""
-        chance = random.Random(f"{self.seed} {split}")
+        """Questions for the table: phrasings and names of "dev" or "held_out" only, in a fixed shuffled order.
+
+        They do not depend on the seed: runs with different seeds sit the same exam.
+        """
+        chance = random.Random(split)
+        unknown = tutor.Names.divide(self.objects, self.unstudied, seed=0).classes
         size = self.config.held_out
         questions: list[Question] = []
         for kind, part in (("does", 1.25), ("takes", 0.25), ("module", 0.25), ("which", 0.25)):
             questions += _draw(tutor.object_questions(self.objects, kind, split), round(size * part), chance)
         for cell in tutor.UNKNOWN_CELLS:
-            names = self.names.classes[cell][split][:size]
+            names = unknown[cell][split][:size]
             questions += [self._unknown(name, cell, split, chance) for name in names]
         written = self.written_questions(split)
         for cell in ("howto", "harmful", "alarming", "miss", "small_talk"):

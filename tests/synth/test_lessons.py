@@ -109,6 +109,7 @@ def test_the_same_seed_makes_the_same_lesson_and_another_seed_another(lesson: Le
     assert made(3).train() == lesson.train()
     assert made(3).exam("held_out") == lesson.exam("held_out")
     assert made(4).train() != lesson.train()
+    assert made(4).exam("held_out") == lesson.exam("held_out")  # so that seeds can be compared question by question
 
 
 def test_the_open_book_is_added_to_the_lesson_and_changes_nothing_else(lesson: Lesson) -> None:

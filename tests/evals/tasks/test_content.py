@@ -286,6 +286,14 @@ def test_a_miss_offers_three_things_that_are_taught() -> None:
 GOOD = '[[topic]]\nid = "a"\nanswer = "Yes."\ntrain = ["x"]\ndev = ["y"]\n'
 
 
+def test_a_frame_fits_any_question() -> None:
+    frames = content.load_frames()
+    assert set(frames) == {"before", "after"}
+    for text in (text for texts in frames.values() for text in texts):
+        assert "{" not in text and text == text.strip() and text[-1] in ".,:;!?", text
+        assert not any(name in text for name in ("str.", "json.", "os.")), text
+
+
 def test_loader_reads_what_is_written() -> None:
     assert content.parse(GOOD, "f.toml", "topic", Topic) == [Topic("a", "Yes.", ("x",), ("y",))]
 

@@ -71,7 +71,15 @@ class Templates:
     held_out: tuple[str, ...] = ()
 
 
-Item = TypeVar("Item", Topic, Intent, Alarming, Templates)
+@dataclass(frozen=True)
+class Frame:
+    """What people say around any question: `id` is "before" or "after"."""
+
+    id: str
+    texts: tuple[str, ...]
+
+
+Item = TypeVar("Item", Topic, Intent, Alarming, Templates, Frame)
 _MAY_BE_EMPTY = {"code": (Alarming,), "setup": (Intent,)}
 
 
@@ -103,6 +111,12 @@ def load_misses() -> list[Topic]:
 def load_templates() -> list[Templates]:
     """Ways to ask about a documented object, by kind of question."""
     return list(_read("templates.toml", "kind", Templates))
+
+
+@cache
+def load_frames() -> dict[str, tuple[str, ...]]:
+    """What people say "before" a question and "after" it."""
+    return {frame.id: frame.texts for frame in parse(_text("frames.toml"), "frames.toml", "frame", Frame)}
 
 
 def normalise(text: str) -> str:
