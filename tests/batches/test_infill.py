@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +209,14 @@ def test_all_but_pads_are_learned_and_every_rearranged_document_ends_in_a_learne
                 assert rearranged(document, tokenizer) and document[-1] == tokenizer.end_id
                 num_rearranged += 1
     assert num_rearranged > 200
+
+
+def test_pads_of_a_row_that_became_shorter_are_not_learned(spelled: Tokenizer, tmp_path: Path) -> None:
+    write_shards([Document("🦙" * 400, meta={"part": "code"})], spelled, tmp_path / "shards", row_tokens=33)
+    shards = Shards(tmp_path / "shards", spelled.fingerprint)
+    stream, infill = Stream(shards.parts, {"code": 1.0}, seed=1), Infill(spelled, {"code": 1.0}, seed=1)
+    batch = token_batch(shards, stream, 0, 48, infill)
+    ends = [row.index(spelled.end_id) for row in batch.tokens_BT.tolist()]  # the only document's
+    for length, end, weights in zip(batch.lengths_B.tolist(), ends, batch.weights_BT.tolist(), strict=True):
+        assert length == end + 1 and weights == [0.0] + [1.0] * end + [0.0] * (33 - end)
+    assert {33 - end for end in ends} == {0, 2}  # 2 or 6 bytes of cut characters are left out, and 4 marks come in
