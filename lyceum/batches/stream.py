@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from lyceum.batches.infill import Infill
 from lyceum.batches.pack import TokenBatch
 from lyceum.batches.shards import Shards
 from lyceum.corpus.mixture import Mixture
@@ -49,7 +50,7 @@ class Stream:
         return self._mixture.epochs(n)
 
 
-def token_batch(shards: Shards, stream: Stream, start: int, count: int) -> TokenBatch:
+def token_batch(shards: Shards, stream: Stream, start: int, count: int, infill: Infill | None = None) -> TokenBatch:
     """Rows start ... start + count - 1 of the stream; every token but a row's first is a target of weight 1.
 
     Args:
@@ -57,12 +58,22 @@ def token_batch(shards: Shards, stream: Stream, start: int, count: int) -> Token
         stream: their order, over the parts of `shards`.
         start: the first row's number. A rank asks for its own piece of a step's rows.
         count: rows, at least 1.
+        infill: rewrites the rows, so that some documents have their middle last.
 
     Returns:
-        A batch of `count` rows of ``shards.row_tokens + 1`` tokens, without pads.
+        A batch of `count` rows of ``shards.row_tokens + 1`` tokens; there are pads only at the end of rows that `infill`
+        has made shorter.
     """
-    rows = [shards.row(*stream.at(k)) for k in range(start, start + count)]
+    rows = []
+    for k in range(start, start + count):
+        part, index = stream.at(k)
+        row = shards.row(part, index)
+        rows.append(row if infill is None else infill.row(row, part, k))
     tokens_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
     weights_BT = torch.ones(tokens_BT.shape, dtype=torch.float32)
     weights_BT[:, 0] = 0.0
-    return TokenBatch(tokens_BT, weights_BT, torch.full((count,), tokens_BT.shape[1], dtype=torch.int64))
+    lengths_B = torch.full((count,), tokens_BT.shape[1], dtype=torch.int64)
+    if infill is not None:
+        is_real_BT = tokens_BT != infill.tokenizer.pad_id
+        weights_BT, lengths_B = weights_BT * is_real_BT, is_real_BT.sum(1)
+    return TokenBatch(tokens_BT, weights_BT, lengths_B)

@@ -1,11 +1,14 @@
 """Pretraining: learn to continue text, one token after another.
 
 The paper: A. Radford et al., "Language models are unsupervised multitask learners" (2019), section 2, eq. 1, with the
-mixture of weighted sources of T. Brown et al., "Language models are few-shot learners" (2020), section 2. Symbols:
+mixture of weighted sources of T. Brown et al., "Language models are few-shot learners" (2020), section 2; and, if
+`infill_rate` is above 0, M. Bavarian et al., "Efficient training of language models to fill in the middle" (2022).
+Symbols:
 
     p(x) = prod_t p(s_t | s_1 .. s_t-1)     next_token_loss: the sum of -log p over the targets
     mixture weight of a source              docs_share for "docs", the rest for the other parts
     n_ctx                                   row_tokens, at most the model's context length
+    FIM rate                                infill_rate; the transformation is lyceum.batches.infill
 
 Deviations, each with its reason:
 - Documents are joined by the end-of-text token and cut into rows without regard to their ends, as in the papers, but a
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lyceum import dist
+from lyceum.batches.infill import Infill
 from lyceum.batches.pack import TokenBatch, collate
 from lyceum.batches.shards import Shards, write_shards
 from lyceum.batches.stream import Stream, token_batch
@@ -62,6 +66,9 @@ class PretrainConfig(TrainConfig):
     tokens: int = setting(4_000_000, "tokens to train on, over all epochs: the run's length", low=1)
     row_tokens: int = setting(128, "tokens of one row, at most model.context_length", low=2)
     docs_share: float = setting(0.5, "share of the rows that come from the part docs", low=0.0, high=1.0)
+    infill_rate: float = setting(
+        0.0, "probability that a document of any part but docs is rearranged to learn infilling", low=0.0, high=1.0
+    )
     valid_tokens: int = setting(65_536, "held-out tokens of each part that a validation reads", low=1)
 
     matrix_lr: float = setting(0.03, "peak learning rate of Muon (matrices inside layers); 0 = AdamW at lr", low=0.0)
@@ -86,6 +93,21 @@ def part_weights(parts: Iterable[str], docs_share: float) -> dict[str, float]:
     if not others or "docs" not in parts:
         return dict.fromkeys(parts, 1.0 / len(list(parts)))
     return {part: docs_share if part == "docs" else (1.0 - docs_share) / len(others) for part in parts}
+
+
+def infill_rates(weights: Mapping[str, float], infill_rate: float) -> dict[str, float]:
+    """Infill rate of each part in the mixture: `infill_rate`, and 0 for docs.
+
+    Raises:
+        ConfigError: the rate is above 0, and no part that is read would be infilled.
+    """
+    rates = {part: infill_rate for part, weight in weights.items() if part != "docs" and weight}
+    if infill_rate and not rates:
+        raise ConfigError(
+            f"pretrain.infill_rate is {infill_rate}, and only the part docs is read, which is never infilled",
+            hint="set infill_rate = 0, give the corpus another part, or lower docs_share",
+        )
+    return rates
 
 
 @dataclass(frozen=True)
@@ -162,7 +184,10 @@ class Pretrain(Stage[TokenBatch]):
         self.model, self.shards, self.valid = model, shards, valid
         self.rows_per_step = max(1, config.batch_tokens // config.row_tokens)
         self.num_steps = max(1, config.tokens // (self.rows_per_step * config.row_tokens))
-        self.stream = Stream(shards.parts, part_weights(shards.parts, config.docs_share), seed)
+        weights = part_weights(shards.parts, config.docs_share)
+        self.stream = Stream(shards.parts, weights, seed)
+        rates = infill_rates(weights, config.infill_rate)
+        self.infill = Infill(self.tokenizer, rates, seed) if config.infill_rate else None
         self.epochs = self.stream.epochs(self.num_steps * self.rows_per_step)
         self.trained = {"model": Trained(model, config.optimizer(), config.clip_norm)}
 
@@ -173,7 +198,8 @@ class Pretrain(Stage[TokenBatch]):
         for number in range(first, self.num_steps):
             starts = dist.share(range(number * rows, (number + 1) * rows, size))
             ends = [min(start + size, (number + 1) * rows) for start in starts]
-            batches = [token_batch(self.shards, self.stream, a, b - a) for a, b in zip(starts, ends, strict=True)]
+            spans = zip(starts, ends, strict=True)
+            batches = [token_batch(self.shards, self.stream, a, b - a, self.infill) for a, b in spans]
             yield Step(batches, tokens=rows * self.config.row_tokens)
 
     def counts(self, micro_batch: TokenBatch) -> dict[str, float]:

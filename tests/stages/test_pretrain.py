@@ -1,4 +1,5 @@
-"""Pretraining: bits per byte by hand, every byte counted once, rows shared over ranks, the run and what it refuses."""
+"""Pretraining: bits per byte by hand, every byte counted once, rows shared over ranks, the run, infilling learned, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,20 @@ import torch
 from torch import nn
 
 from lyceum import dist
+from lyceum.batches.shards import Shards, write_shards
 from lyceum.config import Recipe
 from lyceum.corpus.records import Document, write_records
+from lyceum.engine.engine import Engine
+from lyceum.engine.sampling import SamplingParams
 from lyceum.errors import ConfigError, DataError
 from lyceum.log import read_metrics
 from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.spec import ModelSpec
+from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
 from lyceum.stages import pretrain
-from lyceum.stages.pretrain import Pretrain, PretrainConfig, bits_per_byte, held_out, part_weights, run
+from lyceum.stages.pretrain import Pretrain, PretrainConfig, bits_per_byte, held_out, infill_rates, part_weights, run
+from lyceum.tokens.infill import infill_prompt, parse_infill
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import loop
 from lyceum.train.stage import Step
@@ -113,6 +121,14 @@ def test_a_uniform_model_spends_log2_of_the_vocabulary_on_each_token(inputs: dic
         assert found[f"bpb_{part}"] == pytest.approx(math.log2(tokenizer.vocab_size) * num_tokens / num_bytes, rel=1e-5)
 
 
+def test_infill_rates_by_hand() -> None:
+    assert infill_rates({"code": 0.5, "docs": 0.5}, 0.9) == {"code": 0.9}
+    assert infill_rates({"text": 1.0}, 0.5) == {"text": 0.5} and infill_rates({"docs": 1.0}, 0.0) == {}
+    for weights in ({"docs": 1.0}, {"code": 0.0, "docs": 1.0}):  # nothing would be infilled: said, not passed over
+        with pytest.raises(ConfigError, match=r"infill_rate is 0.5, and only the part docs(.|\n)*hint: "):
+            infill_rates(weights, 0.5)
+
+
 # -------------------------------------------------------------------------------- steps
 
 
@@ -120,10 +136,11 @@ def all_rows(steps: Iterator[Step[Any]]) -> list[list[list[int]]]:
     return [[row for batch in step.micro_batches for row in batch.tokens_BT.tolist()] for step in steps]
 
 
+@pytest.mark.parametrize("infill_rate", [0.0, 0.5])
 def test_ranks_share_the_rows_of_each_step(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, infill_rate: float
 ) -> None:
-    stage = started(tmp_path, inputs)
+    stage = started(tmp_path, inputs, replace(SMALL, infill_rate=infill_rate))
     alone = all_rows(stage.steps(0))
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     shares = []
@@ -135,10 +152,26 @@ def test_ranks_share_the_rows_of_each_step(
         assert all(parts)
 
 
-def test_steps_from_the_middle_are_the_same_steps(inputs: dict[str, Path], tmp_path: Path) -> None:
-    stage = started(tmp_path, inputs)
+@pytest.mark.parametrize("infill_rate", [0.0, 0.5])
+def test_steps_from_the_middle_are_the_same_steps(inputs: dict[str, Path], tmp_path: Path, infill_rate: float) -> None:
+    stage = started(tmp_path, inputs, replace(SMALL, infill_rate=infill_rate))
     assert all_rows(stage.steps(9)) == all_rows(stage.steps(0))[9:]
     assert stage.num_steps == 24 and all(step.tokens == 256 for step in stage.steps(22))
+
+
+def test_infilled_steps_hold_as_many_rows_with_marks_in_all_parts_but_docs(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = all_rows(started(tmp_path / "plain", inputs).steps(0))
+    infilled = all_rows(started(tmp_path / "infilled", inputs, replace(SMALL, infill_rate=1.0)).steps(0))
+    mark = Tokenizer.load(inputs["tokenizer"]).fim_middle_id
+    changed = 0
+    for before, after in zip(plain, infilled, strict=True):
+        for row, other in zip(before, after, strict=True):
+            assert len(other) == len(row) and mark not in row
+            assert other == row or mark in other
+            changed += other != row
+    assert changed == pytest.approx(0.5 * sum(map(len, plain)), rel=0.1)  # the other half are docs
 
 
 # -------------------------------------------------------------------------------- the run
@@ -188,6 +221,52 @@ def test_a_resumed_run_equals_the_straight_run_and_keeps_its_shards(
             k: other[k] for k in other if k not in loop.TIMINGS
         }
     assert report["bpb_docs"] == finished[1]["bpb_docs"]
+
+
+# -------------------------------------------------------------------------------- infilling is learned
+
+
+class Digits(Pretrain):
+    """Documents such as 333ddd: the letter follows from the digit; the digit only from what comes after it."""
+
+    def start(self, work: Work) -> None:
+        self.tokenizer, draw = Tokenizer.train([], 267), random.Random(0)
+        texts = [str(digit) * 3 + "abcdefghij"[digit] * 3 for digit in (draw.randrange(10) for _ in range(4000))]
+        write_shards(map(Document, texts), self.tokenizer, work.folder.path / "shards", self.config.row_tokens)
+        spec, _ = ModelSpec.from_depth(1, vocab_size=267, width=64, context_length=64)
+        self.begin(Decoder(spec), Shards(work.folder.path / "shards", self.tokenizer.fingerprint), {}, seed=work.seed)
+
+
+def learned_digits(folder: Path, infill_rate: float) -> Digits:
+    config = PretrainConfig(
+        tokens=160 * 512, row_tokens=32, batch_tokens=512, micro_tokens=512, infill_rate=infill_rate, lr=0.02,
+        matrix_lr=0.02,
+    )  # fmt: skip
+    stage = Digits(config)
+    loop.run_stage(stage, work_in(folder, {}))
+    return stage
+
+
+def test_a_middle_is_filled_from_its_suffix_and_not_without_it_nor_without_infill_training(tmp_path: Path) -> None:
+    def nats(stage: Digits, prompts: list[list[int]]) -> float:
+        """Mean -log p of the digit n after prompt n."""
+        rows = [[*prompt, *stage.tokenizer.encode(str(digit))] for digit, prompt in enumerate(prompts)]
+        return -sum(row[-1] for row in Engine(stage.model).score(rows)) / len(rows)
+
+    stage, control = learned_digits(tmp_path / "infill", 0.5), learned_digits(tmp_path / "control", 0.0)
+    asked = [infill_prompt("", letter * 3, stage.tokenizer) for letter in "abcdefghij"]
+    guess = math.log(10)
+    assert nats(stage, asked) < 0.25 * guess
+    assert nats(stage, asked[1:] + asked[:1]) > guess  # another document's suffix misleads
+    assert nats(stage, [[stage.tokenizer.end_id]] * 10) > 0.95 * guess  # from the left alone it can only be guessed
+    assert nats(control, asked) > guess
+    params = SamplingParams(max_tokens=8, temperature=0.0, stop_ids=(stage.tokenizer.end_id,))
+    outputs = Engine(stage.model).generate(asked, params)
+    middles = [
+        parse_infill([*prompt, *output.ids], stage.tokenizer)[1] for prompt, output in zip(asked, outputs, strict=True)
+    ]
+    assert all(output.finish == "stop" for output in outputs)
+    assert sum(middle == str(digit) * 3 for digit, middle in enumerate(middles)) >= 6  # how long the middle is, too
 
 
 # -------------------------------------------------------------------------------- refusals
