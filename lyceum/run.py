@@ -21,7 +21,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,20 +53,27 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_lines(path: Path | str, lines: Iterable[str]) -> None:
-    """Write `lines`, each ended with a newline, as the new content of `path`: wholly or not at all."""
+@contextmanager
+def line_writer(path: Path | str) -> Iterator[Callable[[str], object]]:
+    """Gives a function that writes one line; `path` is replaced at the end of the block: wholly or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "w", encoding="utf-8", newline="\n") as file:
-                for line in lines:
-                    file.write(line + "\n")
+                yield lambda line: file.write(line + "\n")
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def write_lines(path: Path | str, lines: Iterable[str]) -> None:
+    """Write `lines`, each ended with a newline, as the new content of `path`: wholly or not at all."""
+    with line_writer(path) as write:
+        for line in lines:
+            write(line)
 
 
 def write_text(path: Path | str, text: str) -> None:

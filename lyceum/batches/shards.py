@@ -15,7 +15,6 @@ here: which row comes when (`lyceum.batches.stream`), and conversations, which s
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -27,12 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lyceum.corpus.records import Document
+from lyceum.corpus.sources import PART_NAME
 from lyceum.errors import DataError
 from lyceum.run import fresh_folder, write_json
 from lyceum.tokens.tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER = "lyceum token shards", 1, "shards.json"
-_BATCH_BYTES = 1 << 20  # text encoded at once
+_BATCH_CHARACTERS = 1 << 18  # of text encoded at once
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= _BATCH_BYTES:
+        if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -117,7 +117,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _part_name(document: Document) -> str:
     name = str(document.meta.get("part", "text"))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not PART_NAME.fullmatch(name):
         raise DataError(
             f"document {document.id} belongs to the part {name!r}, which cannot be a file's name",
             hint="name parts with letters, digits, '_', '.' and '-'",

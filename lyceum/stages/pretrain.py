@@ -6,7 +6,7 @@ mixture of weighted sources of T. Brown et al., "Language models are few-shot le
 Symbols:
 
     p(x) = prod_t p(s_t | s_1 .. s_t-1)     next_token_loss: the sum of -log p over the targets
-    mixture weight of a source              docs_share for "docs", the rest for the other parts
+    mixture weight of a source              weights; without them docs_share for "docs", the rest for the other parts
     n_ctx                                   row_tokens, at most the model's context length
     FIM rate                                infill_rate; the transformation is lyceum.batches.infill
 
@@ -25,9 +25,11 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyceum import dist
@@ -39,7 +41,7 @@ from lyceum.config import build, setting
 from lyceum.corpus.records import Document, read_documents
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.errors import ConfigError, DataError
+from lyceum.errors import ConfigError, DataError, did_you_mean
 from lyceum.log import log
 from lyceum.model.spec import ModelConfig
 from lyceum.model.transformer import Decoder
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 VERSION = 1
 PROMPTS = ("Return ", "Return the ", "def ", "import ", "class ", "for ")  # continued greedily at each validation
 SAMPLE_TOKENS = 32
+MANY_EPOCHS = 4.0  # up to here repeated text is worth about as much as new text (N. Muennighoff et al. 2023, section 5)
 
 # ---------------------------------------------------------------- configuration
 
@@ -66,6 +69,9 @@ class PretrainConfig(TrainConfig):
     tokens: int = setting(4_000_000, "tokens to train on, over all epochs: the run's length", low=1)
     row_tokens: int = setting(128, "tokens of one row, at most model.context_length", low=2)
     docs_share: float = setting(0.5, "share of the rows that come from the part docs", low=0.0, high=1.0)
+    weights: dict[str, float] = setting(
+        {}, "part -> its weight in the mixture, on any scale, in place of docs_share; others are not read", low=0.0
+    )
     infill_rate: float = setting(
         0.0, "probability that a document of any part but docs is rearranged to learn infilling", low=0.0, high=1.0
     )
@@ -108,6 +114,20 @@ def infill_rates(weights: Mapping[str, float], infill_rate: float) -> dict[str, 
             hint="set infill_rate = 0, give the corpus another part, or lower docs_share",
         )
     return rates
+
+
+def check_weights(weights: Mapping[str, float], corpus: Path) -> None:
+    """Before hours of encoding: whether every part with a weight is in the corpus, as its report says if it has one.
+
+    Raises: ConfigError.
+    """
+    report = corpus / "report.json"
+    known = json.loads(report.read_text(encoding="utf-8"))["documents"]["train"] if report.is_file() else weights
+    for part in weights:
+        if part not in known:
+            raise ConfigError(f"pretrain.weights: the corpus has no part {part!r}", hint=did_you_mean(part, known))
+    if weights and not any(weights.values()):
+        raise ConfigError("pretrain.weights: no part has a weight above 0", hint="give at least one part a weight")
 
 
 @dataclass(frozen=True)
@@ -164,6 +184,7 @@ class Pretrain(Stage[TokenBatch]):
                 hint="lower row_tokens or raise context_length in [model]",
             )
         corpus, folder = work.inputs["corpus"], work.folder.path / "shards"
+        check_weights(config.weights, corpus)
         if dist.is_main() and not _is_complete(folder, tokenizer, config.row_tokens):
             write_shards(read_documents(corpus / "documents-train.jsonl"), tokenizer, folder, config.row_tokens)
         dist.barrier()
@@ -175,8 +196,18 @@ class Pretrain(Stage[TokenBatch]):
         counts = spec.num_parameters()
         inside = counts["matrices"] + counts["norms"]
         log.info(f"  {counts['total']:,} parameters, {inside:,} of them inside layers")
+        rows = self.num_steps * self.rows_per_step
         for part, epochs in self.epochs.items():
-            log.info(f"  {part}: {shards.parts[part] * config.row_tokens:,} tokens, {epochs:.1f} epochs")
+            size = shards.parts[part]
+            share = epochs * size / rows
+            log.info(f"  {part}: {size * config.row_tokens:,} tokens, {share:.1%} of the rows, {epochs:.3g} epochs")
+            if epochs > MANY_EPOCHS:
+                log.warning(
+                    f"{part} is seen {epochs:.3g} times: from about {MANY_EPOCHS:g} times on a model gains ever less from "
+                    "text it has seen, and learns it by heart; if that is not wanted, lower its weight or add text"
+                )
+        if unread := [part for part in shards.parts if part not in self.epochs]:
+            log.info(f"  not read, for want of a weight: {', '.join(unread)}")
 
     def begin(self, model: Decoder, shards: Shards, valid: dict[str, HeldOut], *, seed: int) -> None:
         """Sets the stage from things in memory; `valid` may be empty."""
@@ -184,7 +215,7 @@ class Pretrain(Stage[TokenBatch]):
         self.model, self.shards, self.valid = model, shards, valid
         self.rows_per_step = max(1, config.batch_tokens // config.row_tokens)
         self.num_steps = max(1, config.tokens // (self.rows_per_step * config.row_tokens))
-        weights = part_weights(shards.parts, config.docs_share)
+        weights = config.weights or part_weights(shards.parts, config.docs_share)
         self.stream = Stream(shards.parts, weights, seed)
         rates = infill_rates(weights, config.infill_rate)
         self.infill = Infill(self.tokenizer, rates, seed) if config.infill_rate else None

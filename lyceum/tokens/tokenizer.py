@@ -14,7 +14,8 @@ opens as it is. Five choices, each with its reason:
   Other programs that open the same file do find special tokens in text, unless told ``split_special_tokens=True``.
 
 ASCII text takes a shorter way to the same ids, about seven times faster: Python's `re` finds the pre-tokens and the ids
-of each are looked up. A test compares the two ways.
+of each are looked up. A test compares the two ways. A long text is encoded in pieces, with the same ids
+(`lyceum.corpus.cut`): a gigabyte in one line takes the memory of its ids, not of the library's tables.
 
     lyceum tokenizer recipes/demo.toml
 
@@ -30,7 +31,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from lyceum.config import setting
+from lyceum.corpus.cut import ENCODED, cut
 from lyceum.corpus.records import ROLES, content_id, read_conversations, read_documents
 from lyceum.errors import ConfigError, DataError
 from lyceum.log import log, progress
@@ -214,19 +216,30 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; never a special one, whatever it spells."""
+        if self._is_long(text):
+            pieces = cut(text, ENCODED)
+            groups = iter(lambda: list(islice(pieces, 16)), [])
+            return [number for group in groups for ids in self.encode_batch(group) for number in ids]
         if self._words is not None and text.isascii():
             return self._look_up(_ASCII_WORDS.findall(text))
         return self._inner.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text; the faster way for many."""
-        words: dict[int, list[str]] = {}
+        found = {n: self.encode(text) for n, text in enumerate(texts) if self._is_long(text)}
         if self._words is not None:
-            words = {n: _ASCII_WORDS.findall(text) for n, text in enumerate(texts) if text.isascii()}
+            ascii_texts = {n: text for n, text in enumerate(texts) if n not in found and text.isascii()}
+            words = {n: _ASCII_WORDS.findall(text) for n, text in ascii_texts.items()}
             self._words.learn(chain.from_iterable(words.values()))
-        rest = [_whole_characters(text) for n, text in enumerate(texts) if n not in words]
-        others = iter(self._inner.encode_batch_fast(rest, add_special_tokens=False))
-        return [self._look_up(words[n]) if n in words else next(others).ids for n in range(len(texts))]
+            found |= {n: self._look_up(words[n]) for n in words}
+        rest = [n for n in range(len(texts)) if n not in found]
+        others = self._inner.encode_batch_fast([_whole_characters(texts[n]) for n in rest], add_special_tokens=False)
+        found |= {n: other.ids for n, other in zip(rest, others, strict=True)}
+        return [found[n] for n in range(len(texts))]
+
+    def _is_long(self, text: str) -> bool:
+        """Whether a text is encoded in pieces: only where the pattern is ours, which ends a token at every cut."""
+        return self._words is not None and len(text) > ENCODED
 
     def _look_up(self, words: list[str]) -> list[int]:
         assert self._words is not None
@@ -309,7 +322,8 @@ def run(config: TokenizerConfig, work: Work) -> dict[str, Any]:
 def _texts(work: Work, split: str) -> Iterator[tuple[str, str]]:
     """(part, text) of the corpus and the lessons; a conversation's text is what stands between its special tokens."""
     for document in read_documents(work.inputs["corpus"] / f"documents-{split}.jsonl"):
-        yield str(document.meta.get("part", "text")), document.text
+        for text in cut(document.text):  # so that one long document is not the whole sample
+            yield str(document.meta.get("part", "text")), text
     if "lessons" in work.inputs:
         for conversation in read_conversations(work.inputs["lessons"] / f"{split}.jsonl"):
             runs = (piece.header + piece.text for piece in pieces(conversation.messages, conversation.tools))

@@ -3,11 +3,15 @@ refused."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from torch import nn
 from lyceum import dist
 from lyceum.batches.shards import Shards, write_shards
 from lyceum.config import Recipe
+from lyceum.corpus.pipeline import CorpusConfig
+from lyceum.corpus.pipeline import run as corpus_run
 from lyceum.corpus.records import Document, write_records
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
@@ -137,22 +143,6 @@ def all_rows(steps: Iterator[Step[Any]]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("infill_rate", [0.0, 0.5])
-def test_ranks_share_the_rows_of_each_step(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, infill_rate: float
-) -> None:
-    stage = started(tmp_path, inputs, replace(SMALL, infill_rate=infill_rate))
-    alone = all_rows(stage.steps(0))
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    shares = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        shares.append(all_rows(stage.steps(0)))
-    for whole, *parts in zip(alone, *shares, strict=True):
-        assert sorted(whole) == sorted(row for part in parts for row in part)
-        assert all(parts)
-
-
-@pytest.mark.parametrize("infill_rate", [0.0, 0.5])
 def test_steps_from_the_middle_are_the_same_steps(inputs: dict[str, Path], tmp_path: Path, infill_rate: float) -> None:
     stage = started(tmp_path, inputs, replace(SMALL, infill_rate=infill_rate))
     assert all_rows(stage.steps(9)) == all_rows(stage.steps(0))[9:]
@@ -174,7 +164,87 @@ def test_infilled_steps_hold_as_many_rows_with_marks_in_all_parts_but_docs(
     assert changed == pytest.approx(0.5 * sum(map(len, plain)), rel=0.1)  # the other half are docs
 
 
+@pytest.mark.parametrize("infill_rate", [0.0, 0.5])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_and_a_restart_see_the_same_rows(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, infill_rate: float
+) -> None:
+    config = replace(SMALL, weights={"code": 3.0, "docs": 1.0}, infill_rate=infill_rate)
+    before, after = (started(tmp_path / name, inputs, config) for name in "ab")  # killed after step 7
+    alone = all_rows(before.steps(0))
+    monkeypatch.setattr(dist, "world_size", lambda: world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        shares.append(all_rows(islice(before.steps(0), 7)) + all_rows(after.steps(7)))
+    assert len(alone) == 24
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert sorted(whole) == sorted(row for part in parts for row in part)
+        assert all(parts)
+
+
+# -------------------------------------------------------------------------------- the mixture
+
+
+def test_weights_decide_the_mixture_and_epochs_are_printed(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = started(tmp_path / "a", inputs, replace(SMALL, weights={"code": 3.0, "docs": 1.0}))
+    rows = 24 * 8  # steps, rows a step
+    sizes = stage.shards.parts
+    counts = Counter(stage.stream.at(k)[0] for k in range(128))
+    assert counts == {"code": 96, "docs": 32}
+    assert sum(epochs * sizes[part] for part, epochs in stage.epochs.items()) == pytest.approx(rows)
+    share = stage.epochs["code"] * sizes["code"] / rows
+    said = capsys.readouterr().err
+    assert f"code: {sizes['code'] * 32:,} tokens, {share:.1%} of the rows, {stage.epochs['code']:.3g} epochs" in said
+    assert "warning" not in said
+    stage = started(tmp_path / "b", inputs, replace(SMALL, weights={"docs": 2.0}))
+    assert set(stage.epochs) == {"docs"}
+    assert "not read, for want of a weight: code" in capsys.readouterr().err
+
+
+def test_without_weights_docs_share_decides_as_ever(inputs: dict[str, Path], tmp_path: Path) -> None:
+    one = started(tmp_path / "a", inputs, replace(SMALL, docs_share=0.25))
+    other = started(tmp_path / "b", inputs, replace(SMALL, weights={"docs": 1.0, "code": 3.0}))
+    assert all_rows(one.steps(0)) == all_rows(other.steps(0))
+
+
+def test_more_than_four_epochs_of_a_part_are_warned_of(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tokens, is_warned in ((4.5, True), (3.5, False)):
+        sizes = started(tmp_path / "a", inputs, replace(SMALL, weights={"docs": 1.0})).shards.parts
+        capsys.readouterr()
+        config = replace(SMALL, tokens=round(tokens * sizes["docs"] * 32), weights={"docs": 1.0})
+        started(tmp_path / f"{is_warned}", inputs, config)
+        assert ("warning: docs is seen 4.4" in capsys.readouterr().err) == is_warned
+
+
+def test_weights_that_the_corpus_does_not_fit_are_refused_before_anything_is_encoded(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(inputs["corpus"], corpus)
+    (corpus / "report.json").write_text(json.dumps({"documents": {"train": {"docs": 200, "code": 200}}}))
+    for weights, complaint in (({"dox": 1.0, "code": 1.0}, "no part 'dox'(.|\n)*'docs'"), ({"docs": 0.0}, "above 0")):
+        with pytest.raises(ConfigError, match=complaint):
+            run(replace(SMALL, weights=weights), work_in(tmp_path / "run", {**inputs, "corpus": corpus}))
+    assert not (tmp_path / "run" / "shards").exists()
+    with pytest.raises(DataError, match="'dox'"):  # a corpus of another tool has no report: the mixture says it
+        run(replace(SMALL, weights={"dox": 1.0}), work_in(tmp_path / "other", inputs))
+
+
 # -------------------------------------------------------------------------------- the run
+
+
+def test_a_corpus_of_one_document_is_learned_with_its_end_held_out(inputs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(" ".join(row.text for row in documents(3, 200)), encoding="utf-8")
+    config = CorpusConfig(packages=(), sources={"book": str(tmp_path / "book.txt")}, valid_share=0.1)
+    corpus = work_in(tmp_path / "corpus", {})
+    assert corpus_run(config, corpus)["documents"] == {"train": {"book": 1}, "valid": {"book": 1}}
+    report = run(replace(SMALL, tokens=512), work_in(tmp_path / "run", {**inputs, "corpus": tmp_path / "corpus"}))
+    assert report["bpb_book"] > 0 and set(report["epochs"]) == {"book"}
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +317,7 @@ def learned_digits(folder: Path, infill_rate: float) -> Digits:
     return stage
 
 
+@pytest.mark.slow
 def test_a_middle_is_filled_from_its_suffix_and_not_without_it_nor_without_infill_training(tmp_path: Path) -> None:
     def nats(stage: Digits, prompts: list[list[int]]) -> float:
         """Mean -log p of the digit n after prompt n."""

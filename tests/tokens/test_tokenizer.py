@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from lyceum.corpus.cut import ENCODED, cut
 from lyceum.corpus.records import Conversation, Document, Message, write_records
 from lyceum.errors import ConfigError, DataError
 from lyceum.run import StageFolder, Work
@@ -72,6 +76,64 @@ def test_transformers_gives_the_same_ids_for_plain_text(tokenizer: Tokenizer, hu
     theirs = hugging_face(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.encode(text) == theirs
     assert tokenizer.encode_batch(["", text, "def f(x):\n"])[1] == theirs
+
+
+WORDS = [
+    *"aZ'st7４½Ⅷ²é我ſ\u0301 \n\r\t\x0b\x1c\x85\u00a0\u2028.,-_=$^`~。，！：🦙\u200dⒶ〇",
+    "word",
+    "don't",
+    " the",
+    "\r\n",
+    "我想",
+]
+
+
+@WITH_FIXTURES
+@given(words=st.lists(st.sampled_from(WORDS), min_size=20, max_size=80), most=st.integers(8, 40))
+def test_a_long_text_encoded_in_pieces_has_the_ids_of_the_whole(
+    tokenizer: Tokenizer, hugging_face: Any, words: list[str], most: int
+) -> None:
+    text = "".join(words)
+    pieces = list(cut(text, most))
+    assume(all(one[-1].isalnum() and not two[0].isalnum() for one, two in pairwise(pieces)))  # not inside a run
+    theirs = hugging_face(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert [number for piece in pieces for number in tokenizer.encode(piece)] == theirs
+
+
+def test_a_text_beyond_the_limit_has_the_ids_of_the_whole(tokenizer: Tokenizer, hugging_face: Any) -> None:
+    line = "def café(x):  # 我想学习。don't\n\treturn x - 1_000\n\n"
+    text = line * (3 * ENCODED // len(line))
+    theirs = hugging_face(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.encode(text) == theirs
+    assert tokenizer.encode_batch(["a", text, "é"]) == [tokenizer.encode("a"), theirs, tokenizer.encode("é")]
+
+
+@pytest.mark.parametrize("run", ["a", "é", " ", "=", "7", "我"])
+def test_a_run_beyond_the_limit_is_cut_at_its_length(tokenizer: Tokenizer, run: str) -> None:
+    ids = tokenizer.encode(run * (2 * ENCODED + 5))
+    assert ids == 2 * tokenizer.encode(run * ENCODED) + tokenizer.encode(run * 5)
+    assert tokenizer.decode(ids) == run * (2 * ENCODED + 5)
+
+
+def test_a_long_line_takes_the_memory_of_its_ids(saved: Path) -> None:
+    """Encoded at once, two million characters without a blank take 300 MB and more; peak memory only ever grows."""
+    program = (
+        "import resource, sys; from lyceum.tokens.tokenizer import Tokenizer\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)\n"
+        f"tokenizer, text = Tokenizer.load({str(saved)!r}), 'abcdefgh' * (1 << 18)\n"
+        "before = peak(); ids = tokenizer.encode(text); print(peak() - before, len(ids))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    grown, num_ids = map(int, said.split())
+    assert num_ids > 1 << 18 and grown < 60e6
+
+
+def test_a_long_document_is_not_the_whole_sample(tmp_path: Path) -> None:
+    long = "".join(f"word{n} " for n in range(300_000))  # 3 MB
+    write_records(tmp_path / "documents-train.jsonl", [Document(long), Document("a short one")])
+    work = cast(Work, SimpleNamespace(inputs={"corpus": tmp_path}))
+    (texts,) = _sample(work, "train", 10_000).values()
+    assert sum(map(len, texts)) < 1.1 * (1 << 20)
 
 
 @pytest.fixture(scope="session")
