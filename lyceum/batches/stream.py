@@ -61,8 +61,10 @@ def token_batch(shards: Shards, stream: Stream, start: int, count: int) -> Token
     Returns:
         A batch of `count` rows of ``shards.row_tokens + 1`` tokens, without pads.
     """
-    rows = [shards.row(*stream.at(k)) for k in range(start, start + count)]
+    places = [stream.at(k) for k in range(start, start + count)]
+    rows = [shards.row(*place) for place in places]
     tokens_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
     weights_BT = torch.ones(tokens_BT.shape, dtype=torch.float32)
     weights_BT[:, 0] = 0.0
-    return TokenBatch(tokens_BT, weights_BT, torch.full((count,), tokens_BT.shape[1], dtype=torch.int64))
+    lengths_B = torch.full((count,), tokens_BT.shape[1], dtype=torch.int64)
+    return TokenBatch(tokens_BT, weights_BT, lengths_B, tuple(f"{part} row {index}" for part, index in places))
