@@ -163,12 +163,13 @@ def progress(total: float, description: str, unit: str = "tok", done: float = 0.
         yield _PlainProgress(total, description, unit, done)
     else:
         from rich import progress as rich_progress
+        from rich.table import Column
 
         columns = (
             "{task.description}",
-            rich_progress.BarColumn(24),
+            rich_progress.BarColumn(12),
             "{task.percentage:>3.0f}%",
-            "{task.fields[numbers]}",
+            rich_progress.TextColumn("{task.fields[numbers]}", table_column=Column()),  # may go on in the next line
         )
         with rich_progress.Progress(*columns, console=log.console, transient=True) as drawn:
             bar = _DrawnProgress(total, description, unit, done)

@@ -341,7 +341,8 @@ class _Loop:
             self.samples.write(self.done, row)
         said = [", ".join(f"{name} {show_number(value)}" for name, value in numbers.items())]
         said += [f"{_shorten(row.get('prompt'))} -> {_shorten(row.get('reply'))}" for row in rows[:1]]
-        log.info(f"  step {self.done:,}: {' | '.join(filter(None, said)) or 'nothing held out'}")
+        if any(said):
+            log.info(f"  step {self.done:,}: {' | '.join(filter(None, said))}")
         return {f"valid/{name}": float(value) for name, value in numbers.items()}
 
     def _save_model(self, snapshot: str = "") -> None:
