@@ -50,7 +50,8 @@ def main() -> int:
     spec, ours = our_step(tokens)
     steps = {"lyceum": ours, "transformers": transformers_step(spec, tokens)}
     speeds = take_turns(steps, tokens.numel(), arguments.rounds, arguments.steps)
-    limit_gflops = matmul_gflops(spec.width, spec.ffn_width, tokens.numel())
+    shapes = [(spec.width, spec.ffn_width), (spec.ffn_width, spec.width), (1024, 1024)]
+    limit_gflops = device.matmul_flops(shapes, tokens.numel()) / 1e9
     flops = spec.flops_per_token(ROW_TOKENS)
     limit = limit_gflops * 1e9 / flops
     ratios = [a / b for a, b in zip(speeds["lyceum"], speeds["transformers"], strict=True)]
@@ -149,20 +150,6 @@ def take_turns(
                 seconds.append(time.perf_counter() - start)
             speeds[name].append(num_tokens / statistics.median(seconds))
     return speeds
-
-
-def matmul_gflops(width: int, ffn_width: int, num_tokens: int) -> float:
-    """The best GFLOP/s of a matrix product of the model's kind, and of a large square one."""
-    import torch
-
-    best = 0.0
-    for rows, inner, columns in ((num_tokens, width, ffn_width), (num_tokens, ffn_width, width), (1024, 1024, 1024)):
-        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-        for _ in range(40):
-            start = time.perf_counter()
-            left @ right
-            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start) / 1e9)
-    return best
 
 
 if __name__ == "__main__":

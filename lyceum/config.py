@@ -6,6 +6,9 @@
     [model]                  # the model's shape, read by the stage that makes one
     depth = 4
 
+    [watch]                  # how a run is watched (lyceum/train/watch.py): changes no section
+    tensorboard = true
+
     [corpus]                 # a section: its kind, which is also its name and its folder
     objects = 500
 
@@ -180,13 +183,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One whole assistant: sections in the order in which they run, the model's table, the seed."""
+    """One whole assistant: sections in the order in which they run, the model's table, the seed, how it is watched."""
 
     name: str
     seed: int
     model: dict[str, Any]
     sections: tuple[Section, ...]
     path: Path
+    watch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
@@ -236,9 +240,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         model=dict(tables.get("model", {})),
         sections=tuple(_sections(tables, headers, path)),
         path=path,
+        watch=dict(tables.get("watch", {})),
     )
 
 
+TABLES = ("model", "watch")  # headers that make no section
 HEADER = re.compile(r"^\s*\[\s*([\w-]+)\s*(?:\.\s*([\w-]+)\s*)?\]", re.MULTILINE)
 
 
@@ -263,7 +269,7 @@ def _headers(text: str, tables: Mapping[str, Any], path: Path) -> list[tuple[str
 def _sections(tables: Mapping[str, Any], headers: list[tuple[str, ...]], path: Path) -> Iterable[Section]:
     names: set[str] = set()
     for header in headers:
-        if header[0] == "model":
+        if header[0] in TABLES:
             continue
         table = dict(tables[header[0]])
         if len(header) == 1:
@@ -299,7 +305,7 @@ def _apply(overrides: Sequence[str], tables: dict[str, Any], headers: list[tuple
         inside: Any = tables
         if len(parts) > 1:
             whole = tuple(parts[:2]) in headers  # kind.name.key, else name.key
-            header = tuple(parts[:2]) if whole else ("model",) if parts[0] == "model" else by_name.get(parts[0])
+            header = tuple(parts[:2]) if whole else parts[:1] if parts[0] in TABLES else by_name.get(parts[0])
             if header is None:
                 raise ConfigError(
                     f"--set {override}: the recipe has no section {parts[0]!r}", hint=did_you_mean(parts[0], by_name)

@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+MEASURE_S = 0.2  # what matmul_flops takes
 RECORDED = ("OMP_NUM_THREADS", *WAITING, "MKL_NUM_THREADS", "MALLOC_ARENA_MAX")
 
 _prepared: dict[str, Any] = {}
@@ -113,6 +115,45 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def matmul_flops(shapes: Iterable[tuple[int, int]], rows: int, *, dtype: torch.dtype | None = None) -> float:
+    """The most floating point operations a second that products of `rows` rows with such matrices reach here.
+
+    It takes about MEASURE_S in all, draws from a generator of its own, and is of the moment: beside other busy
+    processes it is low, as everything is.
+
+    Args:
+        shapes: the two sides of each matrix. A long side is cut: by then nothing is gained.
+        rows: of what it is multiplied with; cut likewise.
+        dtype: of the numbers; by default float32.
+    """
+    import torch
+
+    where, best = pick_device(), 0.0
+    draw, longest = torch.Generator(where).manual_seed(0), 8192 if where.type == "cuda" else 2048
+    shapes = list(shapes)
+    for shape in shapes:
+        height, inner, columns = (min(side, longest) for side in (rows, *shape))
+        left = torch.randn(height, inner, generator=draw, device=where, dtype=dtype)
+        right = torch.randn(inner, columns, generator=draw, device=where, dtype=dtype)
+        left @ right  # not counted: it chooses the kernel
+        start, end = 0.0, time.perf_counter() + MEASURE_S / len(shapes)
+        while start < end:
+            _finish_queue(where)
+            start = time.perf_counter()
+            left @ right
+            _finish_queue(where)
+            best = max(best, 2.0 * height * inner * columns / (time.perf_counter() - start))
+    return best
+
+
+def _finish_queue(where: torch.device) -> None:
+    """Wait until a GPU has done what it was asked."""
+    if where.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(where)
 
 
 def peak_memory_gb() -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,17 @@ def barrier() -> None:
 def share(items: Sequence[Item]) -> list[Item]:
     """This rank's part of `items`: every world_size-th, beginning with its own number."""
     return list(items[rank() :: world_size()])
+
+
+def gather(items: Sequence[Item]) -> list[Item]:
+    """The items of all ranks, one rank's after the other's, on every rank."""
+    if world_size() == 1:
+        return list(items)
+    from torch import distributed
+
+    gathered: list[Any] = [None] * world_size()
+    distributed.all_gather_object(gathered, list(items))
+    return [item for one in gathered for item in one]
 
 
 def sum_tensors(*tensors: torch.Tensor) -> None:

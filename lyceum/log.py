@@ -83,6 +83,7 @@ class Progress:
 
     Args:
         total: when it is full, in `unit`.
+        unit: what is counted; empty if its speed is not to be shown.
         done: where it begins (a resumed run); not counted as speed.
     """
 
@@ -111,7 +112,8 @@ class Progress:
         parts = [f"{name} {show_number(value)}" for name, value in self.shown.items()]
         speed = self.speed()
         if speed > 0:
-            parts.append(f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s")
+            if self.unit:
+                parts.append(f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s")
             parts.append(f"{show_time(max(0.0, self.total - self.done) / speed)} left")
         return " | ".join(parts)
 
@@ -152,7 +154,7 @@ def progress(total: float, description: str, unit: str = "tok", done: float = 0.
     Args:
         total: the whole, in `unit`.
         description: what is being done.
-        unit: what is counted, for the speed.
+        unit: what is counted, for the speed; empty if that is not to be shown.
         done: what was done before this process began.
     """
     if not dist.is_main():
@@ -161,12 +163,13 @@ def progress(total: float, description: str, unit: str = "tok", done: float = 0.
         yield _PlainProgress(total, description, unit, done)
     else:
         from rich import progress as rich_progress
+        from rich.table import Column
 
         columns = (
             "{task.description}",
-            rich_progress.BarColumn(24),
+            rich_progress.BarColumn(12),
             "{task.percentage:>3.0f}%",
-            "{task.fields[numbers]}",
+            rich_progress.TextColumn("{task.fields[numbers]}", table_column=Column()),  # may go on in the next line
         )
         with rich_progress.Progress(*columns, console=log.console, transient=True) as drawn:
             bar = _DrawnProgress(total, description, unit, done)

@@ -38,6 +38,9 @@ seed = 7
 [model]
 depth = 4
 
+[watch]
+spike = 8
+
 [corpus]
 objects = 500
 text = '''
@@ -82,6 +85,12 @@ def test_whole_numbers_become_floats_and_lists_tuples() -> None:
     assert (made.lr, made.betas, made.weights) == (1.0, (0.0, 1.0), {"code": 1.0})
     assert type(made.lr) is type(made.betas[0]) is type(made.weights["code"]) is float
     assert (made.folder, made.where) == ("a", Path("b"))
+
+
+def test_the_watch_table_is_no_section_and_can_be_set(file: Path) -> None:
+    recipe = load_recipe(file, ["watch.spike=6", "watch.wandb=my project"])
+    assert recipe.watch == {"spike": 6, "wandb": "my project"}
+    assert recipe.section("watch") is None and load_recipe(file).watch == {"spike": 8}
 
 
 def test_the_default_table_is_not_shared() -> None:

@@ -83,3 +83,22 @@ def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.pick_device() == torch.device("cpu")
+
+
+def test_the_limit_of_matrix_products_is_measured_in_little_time_and_draws_no_random_numbers() -> None:
+    import time
+
+    import torch
+
+    before, start = torch.get_rng_state(), time.perf_counter()
+    flops = device.matmul_flops([(64, 192), (100_000, 64)], 512)
+    assert time.perf_counter() - start < 5.0  # 0.2 s on an idle machine
+    assert torch.equal(torch.get_rng_state(), before)
+    left, right = torch.randn(512, 64), torch.randn(64, 192)
+    left @ right
+    best = 0.0
+    for _ in range(200):
+        start = time.perf_counter()
+        left @ right
+        best = max(best, 2 * 512 * 64 * 192 / (time.perf_counter() - start))
+    assert best / 5 < flops < best * 50  # the other shape may be faster, never slower

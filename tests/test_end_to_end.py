@@ -15,10 +15,10 @@ import pytest
 
 from lyceum.log import read_metrics
 from lyceum.run import read_state
+from lyceum.train.loop import TIMINGS
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smoke.toml"
 SECTIONS = ("corpus", "lessons", "tokenizer", "pretrain", "sft", "rankings", "reward", "ppo", "eval")
-TIMINGS = ("seconds", "tokens_per_s")
 pytestmark = pytest.mark.timeout(500)
 
 
@@ -126,3 +126,17 @@ def test_killed_in_every_section_it_ends_as_the_straight_run_did(
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert losses(tmp_path / "smoke") == losses(straight[0])
     assert outcomes(tmp_path / "smoke") == outcomes(straight[0])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_pretraining_ends_as_the_straight_run_did() -> None:
+    bench = RECIPE.parent.parent / "bench" / "resume.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(bench.parent.parent)}
+    finished = subprocess.run(
+        [sys.executable, str(bench)], env=environment, capture_output=True, text=True, timeout=480
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    figures = json.loads(finished.stdout.splitlines()[-1])
+    assert figures["equal"] and figures["first_difference"] is None
+    assert len(figures["kills"]) == 20 and len({kill["step"] for kill in figures["kills"]}) > 10
+    assert figures["steps"] == [146, 146] and figures["losses"][0] == figures["losses"][1]

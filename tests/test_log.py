@@ -103,6 +103,22 @@ def test_on_a_terminal_the_bar_is_drawn_with_its_numbers(monkeypatch: pytest.Mon
     assert "pretrain" in text and "loss 3.250" in text and "50%" in text and "a line between" in text
 
 
+def test_on_a_narrow_terminal_no_number_is_cut_off(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    from rich.console import Console
+
+    screen = io.StringIO()
+    shown = Log()
+    shown._console = Console(file=screen, force_terminal=True, width=80)
+    monkeypatch.setattr(log_module, "log", shown)
+    monkeypatch.setattr(log_module, "is_terminal", lambda: True)
+    with progress(23_000, "pretrain", unit="") as bar:
+        clock.now += 60
+        bar.update(11_500, step="11,500/23,000", **{"loss/text": 3.25, "bpb": 1.5, "tok/s": 50_123, "of limit": "41%"})
+    assert bar.text() == "step 11,500/23,000 | loss/text 3.250 | bpb 1.500 | tok/s 50,123 | of limit 41% | 1:00 left"
+    drawn = " ".join(screen.getvalue().split())
+    assert all(part in drawn for part in bar.text().split(" | "))  # in two lines, without a speed in steps
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

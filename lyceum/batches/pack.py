@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from lyceum.errors import ConfigError, DataError
 from lyceum.log import log
 from lyceum.tokens.chat import Rendered
+from lyceum.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class TokenBatch:
         tokens_BT: ids, padded on the right with the pad id.
         weights_BT: loss weight of each token *as a target*, predicted from those before it; column 0 and pads are 0.
         lengths_B: real tokens of each row.
+        names: where each row is from, for a person who wants to look at it; may be empty.
     """
 
     tokens_BT: Tensor
     weights_BT: Tensor
     lengths_B: Tensor
+    names: tuple[str, ...] = ()
 
     @property
     def num_targets(self) -> float:
@@ -52,6 +56,12 @@ class TokenBatch:
     def num_tokens(self) -> int:
         """Real tokens, pads not counted."""
         return int(self.lengths_B.sum())
+
+    def described(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        """The rows for a person: `row`, where it is from, and `text`; none if the rows have no names."""
+        lengths = self.lengths_B.tolist() if self.names else []
+        texts = [tokenizer.decode(self.tokens_BT[row, :n].tolist(), keep_special=True) for row, n in enumerate(lengths)]
+        return [{"row": name, "text": text} for name, text in zip(self.names, texts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -153,12 +163,13 @@ def check_room(longest: int, max_tokens: int) -> None:
         )
 
 
-def collate(rendered: Sequence[Rendered], pad_id: int) -> TokenBatch:
+def collate(rendered: Sequence[Rendered], pad_id: int, names: Iterable[str] = ()) -> TokenBatch:
     """Stack conversations into one batch, as wide as the longest of them.
 
     Args:
         rendered: at least one conversation.
         pad_id: the id that fills the rest of a row; its loss weight is 0.
+        names: where each is from.
     """
     assert rendered
     tokens_BT, lengths_B = pad([row.ids for row in rendered], pad_id)
@@ -167,7 +178,7 @@ def collate(rendered: Sequence[Rendered], pad_id: int) -> TokenBatch:
     flat_N = np.fromiter(chain.from_iterable(row.weights for row in rendered), np.float32, num_weights)
     weights_BT[_is_real(lengths_B, tokens_BT.shape[1])] = torch.from_numpy(flat_N)
     weights_BT[:, 0] = 0.0  # nothing predicts the first token
-    return TokenBatch(tokens_BT, weights_BT, lengths_B)
+    return TokenBatch(tokens_BT, weights_BT, lengths_B, tuple(names))
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

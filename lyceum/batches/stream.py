@@ -64,11 +64,10 @@ def token_batch(shards: Shards, stream: Stream, start: int, count: int, infill: 
         A batch of `count` rows of ``shards.row_tokens + 1`` tokens; there are pads only at the end of rows that `infill`
         has made shorter.
     """
-    rows = []
-    for k in range(start, start + count):
-        part, index = stream.at(k)
-        row = shards.row(part, index)
-        rows.append(row if infill is None else infill.row(row, part, k))
+    places = [stream.at(k) for k in range(start, start + count)]
+    rows = [shards.row(*place) for place in places]
+    if infill is not None:
+        rows = [infill.row(row, place[0], start + i) for i, (row, place) in enumerate(zip(rows, places, strict=True))]
     tokens_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
     weights_BT = torch.ones(tokens_BT.shape, dtype=torch.float32)
     weights_BT[:, 0] = 0.0
@@ -76,4 +75,4 @@ def token_batch(shards: Shards, stream: Stream, start: int, count: int, infill: 
     if infill is not None:
         is_real_BT = tokens_BT != infill.tokenizer.pad_id
         weights_BT, lengths_B = weights_BT * is_real_BT, is_real_BT.sum(1)
-    return TokenBatch(tokens_BT, weights_BT, lengths_B)
+    return TokenBatch(tokens_BT, weights_BT, lengths_B, tuple(f"{part} row {index}" for part, index in places))

@@ -2,6 +2,7 @@
 
     lyceum run demo                     a whole recipe         lyceum chat runs/demo       talk to what it made
     lyceum sft demo --set sft.epochs=4  one stage of it        lyceum sft --help           its settings
+    lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
 long as all of Python's start (0.32 s where this takes 0.06). No verb's package is imported before the verb is known.
@@ -69,6 +70,15 @@ def make_parser() -> Parser:
     )
     chat.set_defaults(do=_chat)
 
+    runs = _verb(verbs, "runs", "list runs, show one, or compare several")
+    runs.add_argument(
+        "paths", nargs="*", metavar="RUN", help="a folder of runs (default: runs), a run, or several runs"
+    )
+    runs.add_argument("--section", default="", help="compare: whose metric to show over the steps")
+    runs.add_argument("--metric", default="loss", help="compare: which one, as in metrics.jsonl (default: loss)")
+    runs.add_argument("--json", action="store_true", dest="as_json", help="one JSON value instead of tables")
+    runs.set_defaults(do=_runs)
+
     for name, kind in KINDS.items():
         verb = _verb(verbs, name, kind.help)
         _recipe_options(verb)
@@ -132,6 +142,12 @@ def _chat(args: argparse.Namespace) -> None:
         save=args.save,
         lookup=args.lookup,
     )
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from lyceum.cli import runs
+
+    runs.runs(args.paths, section=args.section, metric=args.metric, as_json=args.as_json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

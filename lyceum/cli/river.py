@@ -44,6 +44,7 @@ from lyceum.run import (
     write_json,
     write_text,
 )
+from lyceum.train.watch import watch_config
 
 # -------------------------------------------------------------------------------- the table of kinds
 
@@ -274,6 +275,7 @@ def run_recipe(
     dist.start()
     try:
         steps = plan(recipe)
+        watch_config(recipe)
         chosen = choose(steps, first, last)
         with Run.open(recipe, runs_dir) if dist.is_main() else Run(path) as run:
             missing_inputs(run, steps, chosen)
@@ -391,8 +393,7 @@ def _recipe_folders() -> list[Path]:
 def record(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
     """Write the recipe as resolved and the manifest; warn if an unfinished run goes on under other conditions."""
     tables: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
-    if recipe.model:
-        tables["model"] = recipe.model
+    tables |= {name: table for name, table in (("model", recipe.model), ("watch", recipe.watch)) if table}
     for step in steps:
         kind, name = step.section.kind, step.name
         source = {"from": step.inputs[POLICY]} if POLICY in step.inputs else {}

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lyceum import dist
 from lyceum.batches.infill import Infill
 from lyceum.batches.pack import TokenBatch, collate
@@ -170,6 +172,7 @@ class Pretrain(Stage[TokenBatch]):
 
     kind = "pretrain"
     headline = "loss/text"
+    also_shown = ("bpb",)
     config: PretrainConfig
 
     def start(self, work: Work) -> None:
@@ -221,6 +224,8 @@ class Pretrain(Stage[TokenBatch]):
         self.infill = Infill(self.tokenizer, rates, seed) if config.infill_rate else None
         self.epochs = self.stream.epochs(self.num_steps * self.rows_per_step)
         self.trained = {"model": Trained(model, config.optimizer(), config.clip_norm)}
+        self.flops_per_token = model.spec.flops_per_token(config.row_tokens)
+        self.bytes_V = torch.tensor([len(spelled) for spelled in self.tokenizer.token_bytes])
 
     def steps(self, first: int) -> Iterator[Step[TokenBatch]]:
         """Step n holds the stream's rows n * rows_per_step and following, whatever the ranks."""
@@ -238,9 +243,10 @@ class Pretrain(Stage[TokenBatch]):
         return {"text": micro_batch.num_targets}
 
     def loss(self, micro_batch: TokenBatch) -> tuple[dict[str, Term], Metrics]:
-        """Cross-entropy of every target, in nats."""
+        """Cross-entropy of every target, in nats; bits per byte of the text that the targets spell, as bpb."""
         total, _, metrics = next_token_loss(self.model, micro_batch.tokens_BT, micro_batch.weights_BT)
-        return {"text": Term(total)}, metrics
+        num_bytes = float(self.bytes_V[micro_batch.tokens_BT[:, 1:]].sum())
+        return {"text": Term(total)}, {**metrics, "bpb": (total.detach() / math.log(2.0), num_bytes)}
 
     def validate(self) -> dict[str, float]:
         """Bits per byte of each part's held-out text, as bpb_<part>."""
@@ -257,6 +263,10 @@ class Pretrain(Stage[TokenBatch]):
         outputs = Engine(self.model).generate(prompts, params)
         replies = [self.tokenizer.decode(output.ids) for output in outputs]
         return [{"prompt": p, "reply": reply} for p, reply in zip(PROMPTS, replies, strict=True)]
+
+    def describe(self, micro_batch: TokenBatch) -> list[dict[str, Any]]:
+        """Part and row of the section's shards, and the text in it."""
+        return micro_batch.described(self.tokenizer)
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """bpb_<part>, epochs of each part, and the model's size."""

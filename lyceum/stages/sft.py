@@ -174,9 +174,12 @@ class SFT(Stage[TokenBatch]):
             start = epoch * self.steps_per_epoch
             for number, groups in enumerate(self._epoch(epoch), start):
                 if first <= number < self.num_steps:
-                    rows = [[self.train.rendered[row] for row in group] for group in dist.share(groups)]
                     tokens = sum(self.lengths[row] for group in groups for row in group)
-                    yield Step([collate(group, pad_id) for group in rows], tokens=tokens)
+                    yield Step([self._collate(group, pad_id) for group in dist.share(groups)], tokens=tokens)
+
+    def _collate(self, rows: Sequence[int], pad_id: int) -> TokenBatch:
+        names = [f"conversation {self.train.kept[row] + 1} of lessons" for row in rows]
+        return collate([self.train.rendered[row] for row in rows], pad_id, names)
 
     def counts(self, micro_batch: TokenBatch) -> dict[str, float]:
         """Target tokens: what the assistant writes, by weight."""
@@ -210,6 +213,10 @@ class SFT(Stage[TokenBatch]):
             }
             for conversation, question, output in zip(asked, questions, outputs, strict=True)
         ]
+
+    def describe(self, micro_batch: TokenBatch) -> list[dict[str, Any]]:
+        """The conversation's number in the lessons' train.jsonl, from 1, and its text."""
+        return micro_batch.described(self.chat.tokenizer)
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Validation loss and accuracy, and what was learned from."""

@@ -12,7 +12,8 @@ Guarantees, each with a test in `tests/train/test_loop.py`:
 - A run that was killed at any moment and started again has the same losses bit for bit, on the same machine, versions
   and threads.
 - A loss or gradient that is not finite, or a term with nothing to learn from, is a TrainingError before any weight is
-  touched; the last saved state stands.
+  touched; the last saved state stands. So is a loss that has leapt, where the recipe asks for it (`lyceum.train.watch`).
+  The rows at fault are then in bad-batch.jsonl.
 
 The trainer state is one safetensors file, replaced atomically: weights, optimizer, running average, torch's random
 numbers, and as JSON in its header the step, the totals so far and `stage.state_dict()`.
@@ -29,6 +30,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,15 +40,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lyceum import dist
-from lyceum.device import pick_device
+from lyceum.device import matmul_flops, pick_device
 from lyceum.errors import CheckpointError, RunError, TrainingError
 from lyceum.log import Metrics, log, progress, show_number, show_time
-from lyceum.run import Work, disk_errors, write_json
+from lyceum.run import Work, disk_errors, plain, write_json, write_lines
 from lyceum.train.optim import Learner, schedule
 from lyceum.train.stage import Stage, Step
+from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
 
 # Keys of a metrics line that depend on the clock; everything else is the same in a resumed run.
-TIMINGS = ("seconds", "tokens_per_s")
+TIMINGS = ("seconds", "tokens_per_s", "share_of_limit")
 
 Sums = dict[str, list[float]]  # name -> [total, count]
 
@@ -83,6 +86,11 @@ class _Loop:
         self.seconds = 0.0  # of training, over all attempts; validation and saving not counted
         self.final: dict[str, float] = {}  # the last value of every metric
         self.saved_at = 0
+        self.watch = watch_config(work.recipe)
+        self.spike = Spike(self.watch.spike)
+        self.recent: deque[tuple[int, Step[Any]]] = deque(maxlen=SPIKE_STEPS + 1)  # what a spike may have come from
+        self.not_finite: list[Any] = []  # the first micro-batch of the step whose loss was not
+        self.limit_flops = 0.0  # of the machine, a second, over all ranks; 0 = not measured
 
     # -------------------------------------------------------------------------------- the run
 
@@ -101,7 +109,15 @@ class _Loop:
         self._restore()
         self.metrics.cut_back(self.done)
         self.samples.cut_back(self.done)
-        self._train()
+        if self.done < stage.num_steps and not stage.stop:
+            self._measure_limit()
+            trackers = Trackers(self.watch, self.work, self._settings(), self.done)
+            failed = True
+            try:
+                self._train(trackers)
+                failed = False
+            finally:
+                trackers.close(failed=failed)
         self._save_model()
         return self._report()
 
@@ -112,14 +128,21 @@ class _Loop:
                 hint="give it more data or more tokens, or a smaller batch_tokens",
             )
 
-    def _train(self) -> None:
+    def _measure_limit(self) -> None:
+        """The limit of the machine's arithmetic on the matrices of the trained modules."""
+        if self.stage.flops_per_token:
+            weights = [w for t in self.stage.trained.values() for w in t.module.parameters() if w.ndim == 2]
+            shapes = sorted({(w.shape[0], w.shape[1]) for w in weights}, key=math.prod)[-3:]
+            flops = matmul_flops(shapes, self.config.micro_tokens, dtype=weights[0].dtype)
+            self.limit_flops = dist.sum_numbers({"flops": flops})["flops"]
+            log.info(f"  matrix products of its shapes: {self.limit_flops / 1e9:,.0f} GFLOP/s, the limit here")
+
+    def _train(self, trackers: Trackers) -> None:
         stage, num_steps = self.stage, self.stage.num_steps
         snapshots = {max(1, round(share * num_steps)): share for share in self.config.snapshots}
-        if self.done == num_steps or stage.stop:
-            return
         iterator = stage.steps(self.done)
         since_tokens, since_seconds = self.tokens, self.seconds
-        with progress(num_steps, stage.kind, unit="step", done=self.done) as bar:
+        with progress(num_steps, stage.kind, unit="", done=self.done) as bar:
             while self.done < num_steps and not stage.stop:
                 begun = time.perf_counter()
                 step = next(iterator, None)
@@ -131,15 +154,20 @@ class _Loop:
                 self.tokens += step.tokens
                 self.seconds += time.perf_counter() - begun
                 speed = (self.tokens - since_tokens) / max(self.seconds - since_seconds, 1e-9)
-                shown = {stage.headline: values[stage.headline]} if stage.headline in values else {}
-                bar.update(1, **shown, **{"tok/s": speed})
+                names = [name for name in (stage.headline, *stage.also_shown) if name in values]
+                share = {"of limit": f"{self._share_of_limit(speed):.0%}"} if self.limit_flops else {}
+                numbers = {"step": f"{self.done:,}/{num_steps:,}", **{name: values[name] for name in names}}
+                bar.update(1, **numbers, **{"tok/s": round(speed)}, **share)
                 is_last = self.done == num_steps or stage.stop
                 validates = is_last or self.done % (self.config.validate_every or num_steps) == 0
                 if validates:
                     values.update(self._validate())
                 if logs or validates:
                     values.update(tokens=self.tokens, seconds=self.seconds, tokens_per_s=speed)
+                    if self.limit_flops:
+                        values["share_of_limit"] = self._share_of_limit(speed)
                     self.metrics.write(self.done, values)
+                    trackers.write(self.done, values)
                     self.final.update(values)
                     since_tokens, since_seconds = self.tokens, self.seconds
                 if self.done in snapshots:
@@ -148,7 +176,11 @@ class _Loop:
                     self._save()
 
     def _save_is_due(self) -> bool:
-        return self.config.save_every > 0 and self.done - self.saved_at >= self.config.save_every
+        is_due = self.config.save_every > 0 and self.done - self.saved_at >= self.config.save_every
+        return is_due and not self.spike.num_high  # what is saved is from before the spike
+
+    def _share_of_limit(self, tokens_per_s: float) -> float:
+        return tokens_per_s * self.stage.flops_per_token / self.limit_flops
 
     # -------------------------------------------------------------------------------- one step
 
@@ -156,6 +188,9 @@ class _Loop:
         """One optimizer update; returns the step's metrics over all ranks."""
         counts = self._counts(step)
         self.stage.before_step(step)
+        self.not_finite = []
+        if self.watch.spike:
+            self.recent.append((self.done + 1, step))
         # Every rank brings its part of each count, so that the sums over ranks are total and count.
         sums = {f"loss/{term}": [0.0, count / dist.world_size()] for term, count in counts.items()}
         sums["loss"] = [0.0, 1.0 / dist.world_size()]
@@ -165,7 +200,8 @@ class _Loop:
             norms = self._backward(step, counts, sums)
         values = {name: total / count for name, (total, count) in _sum_pairs(sums).items() if count}
         module_norms = {name: float(learner.gradient.norm()) for name, learner in self.learners.items()}
-        self._check_finite(values, module_norms)
+        self._check_finite(step, values, module_norms)
+        self._check_spike(values["loss"])
         if len(counts) == 1:
             norms = {term: math.hypot(*module_norms.values()) for term in counts}
         factor = self._factor()
@@ -232,17 +268,46 @@ class _Loop:
             _add(sums, "loss", loss, 0.0)
         for name, (total, count) in metrics.items():
             _add(sums, name, total, count)
+        if not self.not_finite and not math.isfinite(sums["loss"][0]):
+            self.not_finite = [micro_batch]
         return losses
 
-    def _check_finite(self, values: dict[str, float], module_norms: dict[str, float]) -> None:
+    def _check_finite(self, step: Step[Any], values: dict[str, float], module_norms: dict[str, float]) -> None:
         wrong = [name for name, value in values.items() if name.startswith("loss") and not math.isfinite(value)]
         wrong += [f"the gradient of {name}" for name, norm in module_norms.items() if not math.isfinite(norm)]
         if wrong:
-            kept = f"the state saved after step {self.saved_at} stands" if self.saved_at else "no state was saved yet"
+            at_fault = self.not_finite if wrong[0].startswith("loss") else step.micro_batches
+            rows = self._show_rows((self.done + 1, micro_batch) for micro_batch in at_fault)
             raise TrainingError(
-                f"{self.stage.kind}: not a finite number at step {self.done + 1}: {', '.join(wrong)}; {kept}",
+                f"{self.stage.kind}: not a finite number at step {self.done + 1}: {', '.join(wrong)}; {self._kept()}{rows}",
                 hint="lower the learning rates (lr, matrix_lr) or raise warmup; metrics.jsonl shows the steps before",
             )
+
+    def _check_spike(self, loss: float) -> None:
+        if self.spike.see(loss):
+            begun = self.done + 2 - SPIKE_STEPS
+            rows = self._show_rows((number, part) for number, step in self.recent for part in step.micro_batches)
+            raise TrainingError(
+                f"{self.stage.kind}: the loss leapt at step {begun} and stays up: {loss:.4g} at step {self.done + 1}, its "
+                f"mean before was {self.spike.state['mean']:.4g}; {self._kept()}{rows}",
+                hint="mend what is in those rows, or lower the learning rates (lr, matrix_lr) or clip_norm; to go on from "
+                "the saved state all the same, give watch.spike a higher value, or 0",
+            )
+
+    def _kept(self) -> str:
+        return f"the state saved after step {self.saved_at} stands" if self.saved_at else "no state was saved yet"
+
+    def _show_rows(self, micro_batches: Iterator[tuple[int, Any]]) -> str:
+        """Writes the rows of these (step, micro-batch), of all ranks, to bad-batch.jsonl; returns where they are from."""
+        own = [{"step": number, **row} for number, part in micro_batches for row in self.stage.describe(part)]
+        rows = dist.gather(own)
+        if not rows:
+            return ""
+        path = self.work.folder.path / "bad-batch.jsonl"
+        if dist.is_main():
+            write_lines(path, [json.dumps(plain(row), ensure_ascii=False) for row in rows])
+        names = ", ".join(str(row["row"]) for row in rows[:3])
+        return f"; {path} holds its {len(rows)} rows ({names}{', ...' if len(rows) > 3 else ''})"
 
     def _factor(self) -> float:
         config = self.config
@@ -271,9 +336,13 @@ class _Loop:
         with self._averaged():
             with torch.no_grad():
                 numbers = self.stage.validate()
-            if dist.is_main():
-                for row in self.stage.samples():
-                    self.samples.write(self.done, row)
+            rows = self.stage.samples() if dist.is_main() else []
+        for row in rows:
+            self.samples.write(self.done, row)
+        said = [", ".join(f"{name} {show_number(value)}" for name, value in numbers.items())]
+        said += [f"{_shorten(row.get('prompt'))} -> {_shorten(row.get('reply'))}" for row in rows[:1]]
+        if any(said):
+            log.info(f"  step {self.done:,}: {' | '.join(filter(None, said))}")
         return {f"valid/{name}": float(value) for name, value in numbers.items()}
 
     def _save_model(self, snapshot: str = "") -> None:
@@ -290,6 +359,8 @@ class _Loop:
         line = f"{stage.kind}: {headline}{self.done:,} steps, {self.tokens:,} tokens in {show_time(self.seconds)}"
         totals = {"steps": self.done, "tokens": self.tokens, "seconds": self.seconds}
         speed = {"tokens_per_s": self.tokens / max(self.seconds, 1e-9)}
+        if self.limit_flops:
+            speed |= {"share_of_limit": self._share_of_limit(speed["tokens_per_s"]), "limit_flops": self.limit_flops}
         return {"line": line, **totals, **speed, "final": final, **stage.report(final)}
 
     # -------------------------------------------------------------------------------- saving and resuming
@@ -308,6 +379,7 @@ class _Loop:
             "seconds": self.seconds,
             "final": self.final,
             "stop": self.stage.stop,
+            "spike": self.spike.state,
             "stage": {key: value for key, value in stage_state.items() if not isinstance(value, Tensor)},
             "settings": self._settings(),
             "environment": _environment(),
@@ -348,6 +420,7 @@ class _Loop:
             learner.load_state_tensors(_below(f"{name}/", tensors))
         self.stage.load_state_dict({**header["stage"], **_below("stage/", tensors)})
         self.stage.stop = header["stop"]
+        self.spike.state.update(header.get("spike", {}))  # an older state has none
         self.done = self.saved_at = header["step"]
         self.tokens, self.seconds, self.final = header["tokens"], header["seconds"], header["final"]
         torch.set_rng_state(tensors["random"][dist.rank() % len(tensors["random"])].clone())
@@ -365,6 +438,12 @@ def _write_state(work: Work, tensors: dict[str, Tensor], header: dict[str, Any])
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+
+
+def _shorten(text: Any, most: int = 60) -> str:
+    """A text as one short piece of a line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -393,10 +472,6 @@ def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:
 
 def _sum_pairs(sums: Sums) -> dict[str, tuple[float, float]]:
     """Adds totals and counts over ranks, which may know different names; sorted by name."""
-    names = set(sums)
-    if dist.world_size() > 1:
-        gathered: list[Any] = [None] * dist.world_size()
-        torch.distributed.all_gather_object(gathered, sorted(names))
-        names = {name for known in gathered for name in known}
+    names = set(dist.gather(sorted(sums)))
     both = dist.sum_numbers({f"{i}{name}": sums.get(name, (0.0, 0.0))[i] for name in sorted(names) for i in (0, 1)})
     return {name: (both[f"0{name}"], both[f"1{name}"]) for name in sorted(names)}

@@ -132,24 +132,29 @@ class Stage(ABC, Generic[MicroBatch]):
 
     Attributes a subclass sets on the class:
         kind: the section kind, as in the recipe ("sft").
-        headline: the one metric shown in the progress bar, named as in metrics.jsonl ("loss/sft").
+        headline: the one metric shown in the progress bar, named as in metrics.jsonl ("loss/sft"); `also_shown`:
+            others beside it.
     Attributes `start` fills:
         trained: name -> Trained.  frozen: name -> module; the loop turns gradients off and moves them to the device.
         num_steps: number of optimizer steps of the whole run; the schedule's progress is (step + 0.5) / num_steps.
         tokenizer: saved with the checkpoints.  parent: the checkpoint the stage started from, as
             lyceum.json names it ("sft/checkpoint").
+        flops_per_token: floating point operations to train on one of a step's tokens, for the share of the machine's
+            limit that is shown; 0 = not known, not shown.
     Set by the loop: device, before `start`; origin (recipe, section, seed, and at a save step and results).
     Set by `after_step`, if at all: stop.
     """
 
     kind: str = ""
     headline: str = "loss"
+    also_shown: tuple[str, ...] = ()
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.trained: dict[str, Trained] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.num_steps = 0
+        self.flops_per_token = 0.0
         self.tokenizer: Any = None
         self.parent: str | None = None
         self.device = torch.device("cpu")
@@ -213,6 +218,11 @@ class Stage(ABC, Generic[MicroBatch]):
 
     def samples(self) -> list[dict[str, Any]]:
         """What the model now makes of a few fixed prompts, as JSON rows; called on rank 0 after each validation."""
+        return []
+
+    def describe(self, micro_batch: MicroBatch) -> list[dict[str, Any]]:
+        """The rows of a micro-batch for a person, as JSON: `row`, where it is from, and `text`; asked for when the loss
+        is not finite or has leapt."""
         return []
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:

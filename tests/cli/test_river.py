@@ -358,3 +358,18 @@ def test_under_torchrun_rank_0_decides_and_only_training_runs_on_every_rank(tmp_
     ]
     assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
     assert sorted((tmp_path / "ran").read_text().splitlines()) == ["dig 0 0", "grow 0 3.0", "grow 1 3.0"]
+
+
+# -------------------------------------------------------------------------------- watching
+
+
+def test_watching_otherwise_runs_nothing_again_and_stands_in_the_record(garden: Any) -> None:
+    garden.run()
+    assert garden.run("watch.spike=8", "watch.tensorboard=false") == []
+    assert load_recipe(garden.folder / "recipe.toml").watch == {"spike": 8, "tensorboard": False}
+
+
+def test_a_wrong_watch_table_is_refused_before_anything_runs(garden: Any) -> None:
+    with pytest.raises(ConfigError, match=r"\[watch\] in .* has no setting 'spikes'"):
+        garden.run("watch.spikes=8")
+    assert garden.ran == []

@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -27,7 +28,7 @@ from lyceum.corpus.pipeline import run as corpus_run
 from lyceum.corpus.records import Document, write_records
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.errors import ConfigError, DataError
+from lyceum.errors import ConfigError, DataError, TrainingError
 from lyceum.log import read_metrics
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.spec import ModelSpec
@@ -338,6 +339,72 @@ def test_a_middle_is_filled_from_its_suffix_and_not_without_it_nor_without_infil
     ]
     assert all(output.finish == "stop" for output in outputs)
     assert sum(middle == str(digit) * 3 for digit, middle in enumerate(middles)) >= 6  # how long the middle is, too
+
+
+def test_each_line_tells_the_bits_per_byte_of_its_batch_and_the_share_of_the_limit(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    stage = started(tmp_path, inputs)
+    batch = next(stage.steps(0)).micro_batches[0]
+    terms, metrics = stage.loss(batch)
+    text = b"".join(stage.tokenizer.token_bytes[token] for row in batch.tokens_BT.tolist() for token in row[1:])
+    bits, num_bytes = metrics["bpb"]
+    assert num_bytes == len(text) and float(bits) == pytest.approx(terms["text"].total.item() / math.log(2))
+    run(SMALL, work_in(tmp_path / "run", inputs))
+    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert 0.0 < line["bpb"] < 8.0 and line["share_of_limit"] > 0.0
+
+
+# -------------------------------------------------------------------------------- a poisoned batch
+
+
+def rows_of(stage: Pretrain, first: int, count: int) -> list[dict[str, Any]]:
+    """Rows of the stream as they stand in the shards, and as bad-batch.jsonl should tell them."""
+    places = [stage.stream.at(k) for k in range(first, first + count)]
+    texts = [stage.tokenizer.decode(stage.shards.row(*place).tolist(), keep_special=True) for place in places]
+    return [{"row": f"{part} row {row}", "text": text} for (part, row), text in zip(places, texts, strict=True)]
+
+
+def test_a_batch_whose_loss_is_not_a_number_is_shown_by_its_rows(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = started(tmp_path / "seen", inputs)
+    poisoned = [step for _, step in zip(range(14), stage.steps(0), strict=False)][13].micro_batches[1]
+    real = pretrain.next_token_loss
+
+    def loss(model: Any, tokens_BT: torch.Tensor, weights_BT: torch.Tensor) -> Any:
+        total, count, metrics = real(model, tokens_BT, weights_BT)
+        return total * (math.nan if torch.equal(tokens_BT, poisoned.tokens_BT) else 1.0), count, metrics
+
+    monkeypatch.setattr(pretrain, "next_token_loss", loss)
+    with pytest.raises(TrainingError, match=r"at step 14: loss.*after step 10 stands; .*holds its 4 rows") as caught:
+        run(SMALL, work_in(tmp_path, inputs))
+    expected = rows_of(stage, 13 * 8 + 4, 4)  # 8 rows a step, 4 a micro-batch
+    assert read_metrics(tmp_path / "bad-batch.jsonl") == [{"step": 14, **row} for row in expected]
+    assert expected[0]["row"] in str(caught.value)
+
+
+def test_noise_in_the_text_is_a_spike_that_names_its_rows(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(SMALL, tokens=68 * 128, batch_tokens=128, save_every=20, validate_every=0)
+    real = pretrain.token_batch
+
+    def poisoned(shards: Any, stream: Any, start: int, count: int, infill: Any = None) -> Any:
+        batch = real(shards, stream, start, count, infill)
+        noise = torch.randint(20, 300, batch.tokens_BT.shape, generator=torch.Generator().manual_seed(start))
+        return dataclasses.replace(batch, tokens_BT=noise) if start >= 61 * 4 else batch
+
+    clean, noisy = (work_in(tmp_path / name, inputs) for name in ("clean", "noisy"))
+    recipe = dataclasses.replace(clean.recipe, watch={"spike": 5.0})
+    run(config, dataclasses.replace(clean, recipe=recipe))  # the control: without the noise it does not stop
+    monkeypatch.setattr(pretrain, "token_batch", poisoned)
+    with pytest.raises(TrainingError, match=r"leapt at step 62 .*at step 64.*after step 60 stands"):
+        run(config, dataclasses.replace(noisy, recipe=recipe))
+    shown = [row for row in read_metrics(tmp_path / "noisy" / "bad-batch.jsonl") if row["step"] == 62]
+    expected = rows_of(started(tmp_path / "seen", inputs, config), 61 * 4, 4)
+    assert [row["row"] for row in shown] == [row["row"] for row in expected]
+    assert all(row["text"] != real["text"] for row, real in zip(shown, expected, strict=True))  # what was learned from
 
 
 # -------------------------------------------------------------------------------- refusals

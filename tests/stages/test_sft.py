@@ -160,6 +160,15 @@ def test_an_epoch_visits_every_row_once_in_bounded_micro_batches() -> None:
     assert orders[0] != orders[1] and orders[0] == epoch_steps(lengths, 128, 512, seed=0)
 
 
+def test_a_micro_batch_tells_which_conversations_are_in_it(chat: ChatFormat) -> None:
+    stage, given = begun(chat), conversations(0, 40)
+    described = [row for step in stage.steps(0) for batch in step.micro_batches for row in stage.describe(batch)]
+    assert len(described) >= 40
+    for row in described:
+        number = int(row["row"].split()[1])  # counted from 1, as lines are
+        assert row["text"] == chat.tokenizer.decode(chat.render(given[number - 1]).ids, keep_special=True)
+
+
 def test_a_batch_smaller_than_one_conversation_still_makes_steps() -> None:
     steps = epoch_steps([30, 15, 10], micro_tokens=8, batch_tokens=4, seed=0)
     assert sorted(steps, key=str) == [[[0]], [[1, 2]]]

@@ -79,6 +79,7 @@ class Frame:
     texts: tuple[str, ...]
 
 
+Asked = TypeVar("Asked", Topic, Intent, Alarming, Templates)  # what the exam asks, too
 Item = TypeVar("Item", Topic, Intent, Alarming, Templates, Frame)
 _MAY_BE_EMPTY = {"code": (Alarming,), "setup": (Intent,)}
 
@@ -125,7 +126,7 @@ def normalise(text: str) -> str:
 
 
 @cache
-def _read(name: str, key: str, kind: type[Item]) -> tuple[Item, ...]:
+def _read(name: str, key: str, kind: type[Asked]) -> tuple[Asked, ...]:
     exam = tomllib.loads(_text("exam.toml"))[name.removesuffix(".toml")]
     return tuple(replace(item, held_out=tuple(exam[item.id])) for item in parse(_text(name), name, key, kind))
 
