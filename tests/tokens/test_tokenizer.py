@@ -176,9 +176,9 @@ def test_vocabulary_whose_special_tokens_can_be_typed_is_refused(saved: Path, tm
         Tokenizer.load(tmp_path)
 
 
-def test_vocabulary_without_our_special_tokens_is_refused(tmp_path: Path) -> None:
+def test_vocabulary_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"no special token <\|pad\|>"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: the vocabulary has no token that ends a text"):
         Tokenizer.load(tmp_path)
 
 
