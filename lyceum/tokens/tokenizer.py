@@ -157,7 +157,8 @@ class Tokenizer:
         self._spelled = [added.get(number, "").encode() or text for number, text in enumerate(self.token_bytes)]
         self.fingerprint = _fingerprint(vocabulary, table["model"]["merges"], added)
         ours = json.loads(_pre_tokenizer(PATTERN).__getstate__())
-        self._words = _Words(inner) if table["pre_tokenizer"] == ours and table["normalizer"] is None else None
+        is_ours = table["pre_tokenizer"] == ours and table["normalizer"] is None and not texts
+        self._words = _Words(inner) if is_ours else None
         spelled = inner.encode(" ".join(self.special_ids), add_special_tokens=False).ids
         if set(spelled) & set(self.special_ids.values()):
             raise DataError("text can spell special tokens of this vocabulary", hint="mark them as special in the file")
@@ -175,8 +176,7 @@ class Tokenizer:
 
     def _take_roles(self, config: dict[str, Any]) -> None:
         """Find who ends a text and who pads in a vocabulary made elsewhere."""
-        eos, pad = _name(config.get("eos_token")), _name(config.get("pad_token"))
-        ends = [self.special_ids[name] for name in (*ENDS, eos) if name in self.special_ids]
+        ends = [self.special_ids[name] for name in (*ENDS, config.get("eos_token")) if name in self.special_ids]
         if not ends:
             raise DataError(
                 "the vocabulary has no token that ends a text",
@@ -184,7 +184,7 @@ class Tokenizer:
             )
         self.end_id = ends[0]
         self.stop_ids = tuple(number for number in dict.fromkeys((self.turn_end_id, *ends)) if number != ABSENT)
-        pads = [self.special_ids[name] for name in (pad, *PADS) if name in self.special_ids]
+        pads = [self.special_ids[name] for name in (config.get("pad_token"), *PADS) if name in self.special_ids]
         self.pad_id = next((number for number in pads if number not in self.stop_ids), self.end_id)
 
     @classmethod
@@ -301,11 +301,6 @@ class Tokenizer:
             table += [b""] * (num_ids - len(table))
 
 
-def _name(token: Any) -> str:
-    """A token's name in tokenizer_config.json, where it stands bare or with its settings."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
-
-
 def _foreign_config(folder: Path) -> dict[str, Any]:
     """What the files beside a tokenizer.json say of it; older ones keep the special tokens and the template apart."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -314,7 +309,8 @@ def _foreign_config(folder: Path) -> dict[str, Any]:
             config |= json.loads((folder / name).read_text(encoding="utf-8"))
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return config
+    is_token = {key for key, value in config.items() if isinstance(value, dict) and "content" in value}
+    return {key: value["content"] if key in is_token else value for key, value in config.items()}
 
 
 def _fingerprint(vocabulary: dict[str, int], merges: Sequence[Any], added: dict[int, str]) -> str:
