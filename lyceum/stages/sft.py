@@ -39,6 +39,7 @@ from lyceum.errors import CheckpointError, TrainingError
 from lyceum.log import log
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.transformer import Decoder
+from lyceum.run import checkpoint_in
 from lyceum.tokens.chat import ChatFormat, Rendered
 from lyceum.train.loop import run_stage
 from lyceum.train.losses import mean_loss, next_token_loss
@@ -120,13 +121,13 @@ class SFT(Stage[TokenBatch]):
 
     def start(self, work: Work) -> None:
         """Loads the pretrained model and renders the conversations."""
-        folder = work.inputs["policy"] / "checkpoint"
+        folder = checkpoint_in(work.inputs["policy"])
         loaded = load_checkpoint(folder)
         if not isinstance(loaded.model, Decoder) or loaded.tokenizer is None:
             raise CheckpointError(
                 f"{folder} holds no language model with a tokenizer", hint="sft starts from a pretrain or sft section"
             )
-        self.tokenizer, self.parent = loaded.tokenizer, f"{work.inputs['policy'].name}/checkpoint"
+        self.tokenizer, self.parent = loaded.tokenizer, f"{folder.parent.name}/{folder.name}"
         train = read_conversations(work.inputs["lessons"] / "train.jsonl")
         valid_path = work.inputs["lessons"] / "valid.jsonl"
         has_valid = valid_path.exists() and valid_path.stat().st_size > 0
