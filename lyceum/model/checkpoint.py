@@ -55,6 +55,7 @@ def save_checkpoint(
     `tokenizer` needs `save(folder)` and the ids `pad_id` and `stop_ids`; `info` becomes lyceum.json.
     Raises ResourceError when the disk is full.
     """
+    assert not any(".lora_" in name for name in model.state_dict()), "merge adapters before their model is saved"
     with fresh_folder(folder) as fresh:
         tensors = {_hub_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(

@@ -344,13 +344,13 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
                 f"{single} is missing, and {pickles[0]} is a pickle, which can run code when it is opened",
                 hint="only where you trust it: let transformers load the folder and save_pretrained it to a new one.",
             )
-        return _read_file(single), single
+        return read_weights(single), single
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or any(Path(str(name)).name != name for name in places.values()):
         raise CheckpointError(f"{index} does not map names of weights to files beside it", hint=COPY_AGAIN)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
-        held = _read_file(folder / file)
+        held = read_weights(folder / file)
         lacking = [name for name, place in places.items() if place == file and name not in held]
         if lacking:
             raise CheckpointError(
@@ -360,7 +360,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
     return tensors, index
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file; CheckpointError, naming it, when it is missing or broken."""
     try:
         return load_file(path)
     except FileNotFoundError:
