@@ -100,6 +100,11 @@ def plain(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that an input stands for: a section's, or the folder itself where it is one, from elsewhere."""
+    return folder if (folder / "config.json").is_file() else folder / "checkpoint"
+
+
 @contextmanager
 def fresh_folder(path: Path | str) -> Iterator[Path]:
     """A new folder beside `path` to fill; when the block ends well it takes the place of `path`, else it is removed.

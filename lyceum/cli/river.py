@@ -195,7 +195,7 @@ def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     made_from = {
         "kind": section.kind,
         "settings": settings_of(config),
-        "parents": {role: keys[name] for role, name in inputs.items()},
+        "parents": {role: keys.get(name, name) for role, name in inputs.items()},
         "version": getattr(module, "VERSION", 1),
         "seed": seed,
         "model": recipe.model if kind.makes_model else None,
@@ -214,12 +214,16 @@ def _find_inputs(section: Section, kind: Kind, earlier: Sequence[Step], where: s
         fitting = [step.name for step in earlier if step.section.kind in wanted.kinds]
         kinds = " or ".join(wanted.kinds)
         if wanted.role == POLICY and section.source:
-            if section.source not in fitting:
+            if (Path(section.source) / "config.json").is_file() and section.source not in fitting:
+                inputs[wanted.role] = str(Path(section.source).resolve())  # a checkpoint from elsewhere
+            elif section.source not in fitting:
                 raise ConfigError(
-                    f"{where}: from = {section.source!r} is no earlier section of kind {kinds}",
+                    f"{where}: from = {section.source!r} is no earlier section of kind {kinds}, "
+                    "and no folder with a config.json",
                     hint=did_you_mean(section.source, fitting) or f"add a section of kind {kinds} before it",
                 )
-            inputs[wanted.role] = section.source
+            else:
+                inputs[wanted.role] = section.source
         elif fitting:
             inputs[wanted.role] = fitting[-1]
         elif wanted.needed:
@@ -295,6 +299,8 @@ def missing_inputs(run: Run, steps: Sequence[Step], chosen: Sequence[Step]) -> N
     by_name = {step.name: step for step in steps}
     for step in chosen:
         for name in step.inputs.values():
+            if Path(name).is_absolute():  # a checkpoint from elsewhere
+                continue
             if by_name[name] not in chosen and not run.is_finished(name, by_name[name].key):
                 state = read_state(run.path / name)
                 why = "was never run" if state is None else "is not finished" if not state.finished else "has changed"

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lyceum.model.layers import FastLinears, FastNormRotate, RMSNorm, is_fast, paired, rotate
+from lyceum.model.layers import FastLinears, FastNormRotate, RMSNorm, is_fast, linear, paired, rotate
 from lyceum.model.spec import ModelSpec
 
 
@@ -33,7 +33,7 @@ class KeyValueCache(Protocol):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions and an RMSNorm on queries and keys.
+    """Grouped-query attention (Ainslie et al. 2023); rotary positions and an RMSNorm on queries and keys where asked.
 
     Source: Vaswani et al. 2017, equation 1; QK-norm: Henry et al. 2020, with RMSNorm as in Qwen3.
     """
@@ -43,17 +43,22 @@ class Attention(nn.Module):
         self.head_width = spec.head_width
         heads_width, kv_width = spec.num_heads * spec.head_width, spec.num_kv_heads * spec.head_width
         self.is_grouped = spec.num_kv_heads != spec.num_heads
-        self.q_proj = nn.Linear(spec.width, heads_width, bias=False)
-        self.k_proj = nn.Linear(spec.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(spec.width, kv_width, bias=False)
-        self.o_proj = nn.Linear(heads_width, spec.width, bias=False)
+        self.q_proj = linear("q_proj", spec, spec.width, heads_width)
+        self.k_proj = linear("k_proj", spec, spec.width, kv_width)
+        self.v_proj = linear("v_proj", spec, spec.width, kv_width)
+        self.o_proj = linear("o_proj", spec, heads_width, spec.width)
         self.q_norm = RMSNorm(spec.head_width, spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(spec.head_width, spec.norm_eps) if spec.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, table: Tensor, layer: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Mix the tokens of each row; `table` is the rotary table at their positions, `layer` this layer's number."""
-        project = self._fast_project if cache is None and is_fast(x_BTD, *self._linears()) else self._project
-        q_BTHE, k_BTKE, v_BTKE = project(x_BTD, table)
+    def forward(self, x_BTD: Tensor, table: Tensor | None, layer: int, cache: KeyValueCache | None = None) -> Tensor:
+        """Mix the tokens of each row; `layer` is this layer's number.
+
+        `table` is the rotary table at the tokens' positions; None where these were added to the embedding.
+        """
+        if table is not None and cache is None and is_fast(x_BTD, *self._linears()):
+            q_BTHE, k_BTKE, v_BTKE = self._fast_project(x_BTD, table)
+        else:
+            q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD, table)
         q_BHTE, k_BKTE, v_BKTE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         mask, is_causal = None, True
         if cache is not None:
@@ -66,10 +71,11 @@ class Attention(nn.Module):
     def _linears(self) -> tuple[nn.Module, ...]:
         return self.q_proj, self.k_proj, self.v_proj
 
-    def _project(self, x_BTD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTD: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, T, H or K, E), the first two normed and turned."""
-        q, k, v = (linear(x_BTD).unflatten(-1, (-1, self.head_width)) for linear in self._linears())
-        return rotate(self.q_norm(q), table), rotate(self.k_norm(k), table), v
+        q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_width)) for project in self._linears())
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
 
     def _fast_project(self, x_BTD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`_project` with query and key heads `paired`; never for a cache, whose keys must all have one order."""

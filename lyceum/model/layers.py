@@ -1,4 +1,4 @@
-"""The parts of a layer that hold no attention: norm, rotary positions, SwiGLU, and linear layers that read one input.
+"""The parts of a layer that hold no attention: norm, rotary positions, the feed-forward, linear layers of one input.
 
 Why: each part is written twice. The plain line of PyTorch is the definition; it runs on a GPU, and the tests compare
 against it. Beside it stands the form for whole micro-batches on a CPU, where PyTorch has no fused kernel for any of
@@ -7,11 +7,14 @@ as can be. `is_fast` chooses between the two, by device and size.
 
 Shapes: B batch, T time, D width, H heads, E head width, F ffn width.
 Run it: these are parts of `lyceum.model.transformer.Decoder`. The costs: `bench/demo_speed.py`.
-What it is not: the hand-written backwards cannot be differentiated again.
+What it is not: the hand-written backwards cannot be differentiated again. What only GPT-2 has (LayerNorm, GELU) has the
+plain form alone.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lyceum.model.spec import ModelSpec, RopeScaling
 
 MIN_NUMBERS = 1 << 14  # below this a step is bound by calls, not by memory, and the plain line makes fewer
 
@@ -81,7 +86,14 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def rotary_table(length: int, head_width: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rotary_table(
+    length: int,
+    head_width: int,
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
+) -> Tensor:
     """The turns as complex numbers (length, E/2): pair i of position t turns by the angle t * theta^(-2i/E).
 
     Source: Su et al. 2021 (RoFormer), equation 15; the pairs are (i, i + E/2), as in Hugging Face's models. A table
@@ -89,8 +101,18 @@ def rotary_table(length: int, head_width: int, theta: float, dtype: torch.dtype,
     """
     with torch.inference_mode(False), torch.device("cpu"):
         frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+        if scaling is not None:
+            frequencies = _scaled(frequencies, scaling)
         angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
         return torch.polar(torch.ones_like(angles), angles).to(dtype.to_complex()).to(device)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    kept = torch.zeros_like(frequencies)  # the share of every frequency that stays as it is
+    if scaling.low is not None and scaling.high is not None and scaling.original_context is not None:
+        turns = scaling.original_context * frequencies / (2 * math.pi)
+        kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 def rotate(x_BTHE: Tensor, table: Tensor) -> Tensor:
@@ -156,6 +178,11 @@ def _turn(x: Tensor, table: Tensor) -> Tensor:
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
 
+def linear(name: str, spec: ModelSpec, num_in: int, num_out: int) -> nn.Linear:
+    """The linear layer `name` of a decoder layer, with a bias where the spec says so."""
+    return nn.Linear(num_in, num_out, bias=name in spec.biases)
+
+
 class FastLinears(torch.autograd.Function):
     """`tuple(F.linear(x, weight) for weight in weights)`.
 
@@ -183,11 +210,11 @@ class FastLinears(torch.autograd.Function):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)).  (Shazeer 2020, equation 6)"""
 
-    def __init__(self, width: int, ffn_width: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, ffn_width, bias=False)
-        self.up_proj = nn.Linear(width, ffn_width, bias=False)
-        self.down_proj = nn.Linear(ffn_width, width, bias=False)
+        self.gate_proj = linear("gate_proj", spec, spec.width, spec.ffn_width)
+        self.up_proj = linear("up_proj", spec, spec.width, spec.ffn_width)
+        self.down_proj = linear("down_proj", spec, spec.ffn_width, spec.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if is_fast(x_BTD, self.gate_proj, self.up_proj):
@@ -211,3 +238,20 @@ class FastSiluTimes(torch.autograd.Function):
         gate, up, activated = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, grad * activated
+
+
+class GELU(nn.Module):
+    """down(gelu(up(x))), with the tanh form of the GELU.  (Radford et al. 2019; Hendrycks and Gimpel 2016, section 2)"""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.up_proj = linear("up_proj", spec, spec.width, spec.ffn_width)
+        self.down_proj = linear("down_proj", spec, spec.ffn_width, spec.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
+
+
+# what the words of a ModelSpec stand for
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+FFNS: dict[str, Callable[[ModelSpec], nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU}

@@ -21,13 +21,43 @@ WIDTH_STEP = 64  # widths of models that leave the house: llama.cpp's quantised 
 MAX_CONTEXT = 4096  # the longest context that from_depth gives by itself
 
 
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN_LINEARS = {"swiglu": ("gate_proj", "up_proj", "down_proj"), "gelu": ("up_proj", "down_proj")}
+VARIANTS = {"norm": ("rms", "layer"), "positions": ("rotary", "learned"), "ffn": tuple(FFN_LINEARS)}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies of a trained model were slowed down, to reach a longer context.
+
+    A pair that turns fewer than `low` times in `original_context` tokens turns `factor` times slower, one that turns
+    more than `high` times as before, one in between by a mixture (Llama 3.1's rule). Without the three numbers every
+    pair is slowed down alike (Chen et al. 2023, position interpolation).
+    """
+
+    factor: float
+    low: float | None = None
+    high: float | None = None
+    original_context: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [number for number in (self.low, self.high, self.original_context) if number is not None]
+        if not (self.factor > 0 and (not given or (len(given) == 3 and 0 < given[0] < given[1] and given[2] > 0))):
+            raise ConfigError(
+                f"model: {self} is no scaling of rotary positions",
+                hint="factor must be above zero; low < high and original_context are given together or not at all.",
+            )
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of one decoder of Qwen3's architecture.
+    """The shape of one decoder; the defaults are Qwen3's architecture, the other values those of its relatives.
 
     `width` is D, `num_heads` H, `num_kv_heads` K, `head_width` E (H * E may differ from D, as in Qwen3-0.6B),
-    `ffn_width` the hidden width of the SwiGLU; `tied` shares the embedding with the output layer; `qk_norm` puts an
-    RMSNorm on every query and key head (without it the architecture is Llama's).
+    `ffn_width` the hidden width of the feed-forward layer; `tied` shares the embedding with the output layer; `qk_norm`
+    puts an RMSNorm on every query and key head (without it the architecture is Llama's). `biases` names the linear
+    layers that have one (Qwen2: q, k, v). With norm "layer", positions "learned", ffn "gelu" and all biases the
+    architecture is GPT-2's.
     Raises ConfigError when the numbers do not fit together.
     """
 
@@ -43,13 +73,26 @@ class ModelSpec:
     norm_eps: float = 1e-6
     tied: bool = True
     qk_norm: bool = True
+    biases: tuple[str, ...] = ()
+    norm: str = "rms"
+    positions: str = "rotary"
+    ffn: str = "swiglu"
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("tied", "qk_norm") and not value > 0:
+            if isinstance(value, (int, float)) and field.name not in ("tied", "qk_norm") and not value > 0:
                 raise ConfigError(f"model: {field.name} is {value}", hint=f"{field.name} must be above zero.")
-        if self.head_width % 2:
+        for name, known in VARIANTS.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"model: {name} is {getattr(self, name)!r}", hint=f"choose {' or '.join(known)}.")
+        if unknown := set(self.biases) - set(self.linears):
+            raise ConfigError(
+                f"model: there is no linear layer {min(unknown)} to have a bias", hint=f"known: {self.linears}"
+            )
+        object.__setattr__(self, "biases", tuple(name for name in self.linears if name in self.biases))
+        if self.positions == "rotary" and self.head_width % 2:
             raise ConfigError(
                 f"model: head_width is {self.head_width}, an odd number",
                 hint="rotary positions turn pairs of numbers: choose an even head_width, usually 32, 64 or 128.",
@@ -118,16 +161,31 @@ class ModelSpec:
         )
         return spec, notes
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of the linear layers inside every layer."""
+        return ATTENTION_LINEARS + FFN_LINEARS[self.ffn]
+
     def num_parameters(self) -> dict[str, int]:
-        """Count the weights: `embedding`, `head` (0 when tied), `matrices` of the layers, `norms`, and `total`."""
+        """Count the weights, as a dict of these and their `total`.
+
+        `embedding` (learned positions included), `head` (0 when tied), `matrices` and `biases` of the linear layers,
+        `norms`.
+        """
         heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
-        attention = self.width * (2 * heads + 2 * kv_heads)
-        norms = 2 * self.width + (2 * self.head_width if self.qk_norm else 0)
+        reads = {"o_proj": heads, "down_proj": self.ffn_width}  # all others read, and these two write, the width
+        writes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        writes |= dict.fromkeys(("gate_proj", "up_proj"), self.ffn_width)
+        matrices = sum(reads.get(name, self.width) * writes.get(name, self.width) for name in self.linears)
+        one_norm = self.width * (2 if self.norm == "layer" else 1)
+        norms = 2 * one_norm + (2 * self.head_width if self.qk_norm else 0)
+        num_positions = self.context_length if self.positions == "learned" else 0
         counts = {
-            "embedding": self.vocab_size * self.width,
+            "embedding": (self.vocab_size + num_positions) * self.width,
             "head": 0 if self.tied else self.vocab_size * self.width,
-            "matrices": self.num_layers * (attention + 3 * self.width * self.ffn_width),
-            "norms": self.num_layers * norms + self.width,
+            "matrices": self.num_layers * matrices,
+            "biases": self.num_layers * sum(writes.get(name, self.width) for name in self.biases),
+            "norms": self.num_layers * norms + one_norm,
         }
         return {**counts, "total": sum(counts.values())}
 

@@ -1,8 +1,8 @@
 """The decoder: token ids in, hidden states out, logits by a separate call.
 
-Why: one architecture, Qwen3's, with the parameter names of its Hugging Face class, so that what we train is what
-`transformers`, vLLM and llama.cpp open. Logits are apart, so that a loss can be computed in chunks of tokens and so
-that a reward head needs none.
+Why: one architecture, Qwen3's by default, with the parameter names of its Hugging Face class, so that what we train is
+what `transformers`, vLLM and llama.cpp open. Its relatives (Llama, Qwen2, GPT-2) are the same decoder with other words in
+the ModelSpec. Logits are apart, so that a loss can be computed in chunks of tokens and so that a reward head needs none.
 
 Shapes: B batch, T time, D width, V vocabulary.
 Run it: `Decoder(spec)(tokens_BT)`; `lyceum.model.checkpoint` saves and loads it.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lyceum.errors import UsageError
 from lyceum.model.attention import Attention, KeyValueCache
-from lyceum.model.layers import RMSNorm, SwiGLU, rotary_table
+from lyceum.model.layers import FFNS, NORMS, rotary_table
 from lyceum.model.spec import ModelSpec
 
 
@@ -26,12 +26,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.width, spec.norm_eps)
+        self.input_layernorm = NORMS[spec.norm](spec.width, eps=spec.norm_eps)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = RMSNorm(spec.width, spec.norm_eps)
-        self.mlp = SwiGLU(spec.width, spec.ffn_width)
+        self.post_attention_layernorm = NORMS[spec.norm](spec.width, eps=spec.norm_eps)
+        self.mlp = FFNS[spec.ffn](spec)
 
-    def forward(self, x_BTD: Tensor, table: Tensor, layer: int, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Tensor | None, layer: int, cache: KeyValueCache | None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), table, layer, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
@@ -42,12 +42,14 @@ class Trunk(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.width)
+        if spec.positions == "learned":
+            self.embed_positions = nn.Embedding(spec.context_length, spec.width)
         self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(spec.width, spec.norm_eps)
+        self.norm = NORMS[spec.norm](spec.width, eps=spec.norm_eps)
 
 
 class Decoder(nn.Module):
-    """Qwen3's decoder of a given shape.
+    """A decoder of a given shape.
 
     `generator` makes the weights a pure function of its seed (default: torch's global generator); it must be on the
     CPU, where the weights are drawn.
@@ -73,8 +75,12 @@ class Decoder(nn.Module):
                 hint="cut the row, or raise context_length in [model] and train again.",
             )
         x_BTD = self.model.embed_tokens(tokens_BT)
-        table = self._rotary_table(x_BTD)
-        table = table[:num_new] if cache is None else table[cache.positions(num_new)]
+        at = slice(num_new) if cache is None else cache.positions(num_new)
+        table = None
+        if self.spec.positions == "learned":
+            x_BTD = x_BTD + self.model.embed_positions.weight[at]
+        else:
+            table = self._rotary_table(x_BTD)[at]
         for layer, block in enumerate(self.model.layers):
             x_BTD = block(x_BTD, table, layer, cache)
         return self.model.norm(x_BTD)
@@ -89,22 +95,24 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def _rotary_table(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return rotary_table(self.spec.context_length, self.spec.head_width, self.spec.rope_theta, dtype, x.device)
+        spec, dtype = self.spec, torch.float64 if x.dtype == torch.float64 else torch.float32
+        shape = (spec.context_length, spec.head_width, spec.rope_theta)
+        return rotary_table(*shape, dtype, x.device, spec.rope_scaling)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew, in a fixed order.
 
         GPT-2's rule (Radford et al. 2019, section 2.3): N(0, 0.02), and N(0, 0.02/sqrt(2 * layers)) for the matrices
-        that write to the residual stream; gains are 1. A tied embedding is also the output layer, so it must be small.
+        that write to the residual stream; gains are 1, biases 0. A tied embedding is also the output layer, so it must
+        be small.
         Tried and not better under Muon: 1/sqrt(fan-in) for the matrices that read the stream, with or without zeros
         for those that write to it (nanochat's choice).
         """
         residual_std = 0.02 / (2 * self.spec.num_layers) ** 0.5
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
-                weight.fill_(1.0)
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 weight.normal_(0.0, residual_std if writes else 0.02, generator=generator)

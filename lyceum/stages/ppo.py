@@ -51,6 +51,7 @@ from lyceum.errors import CheckpointError, ConfigError, DataError, RunError, Tra
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.heads import ScoreModel
 from lyceum.model.transformer import Decoder
+from lyceum.run import checkpoint_in
 from lyceum.stages.pretrain import part_weights
 from lyceum.stages.reward import RewardModel
 from lyceum.stages.rollouts import (
@@ -179,8 +180,9 @@ class PPO(Stage["Rollout | TokenBatch"]):
     def start(self, work: Work) -> None:
         """Loads the policy, the reward model, the prompts and, for the pretraining mix, the token shards."""
         config = self.config
-        loaded = load_checkpoint(work.inputs["policy"] / "checkpoint")
-        self.tokenizer, self.parent = loaded.tokenizer, f"{work.inputs['policy'].name}/checkpoint"
+        folder = checkpoint_in(work.inputs["policy"])
+        loaded = load_checkpoint(folder)
+        self.tokenizer, self.parent = loaded.tokenizer, f"{folder.parent.name}/{folder.name}"
         if not isinstance(loaded.model, Decoder):
             raise CheckpointError(f"{work.inputs['policy']} holds no language model", hint="name an sft section")
         critic, offset = None, 0.0

@@ -43,6 +43,7 @@ from lyceum.errors import CheckpointError, TrainingError
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.heads import ScoreModel
 from lyceum.model.transformer import Decoder
+from lyceum.run import checkpoint_in
 from lyceum.tokens.chat import ChatFormat
 from lyceum.train import policy as algebra
 from lyceum.train.loop import run_stage
@@ -238,12 +239,13 @@ class Reward(Stage[RankingBatch]):
 
     def start(self, work: Work) -> None:
         """Puts a fresh head on the fine-tuned policy and reads the rankings."""
-        loaded = load_checkpoint(work.inputs["policy"] / "checkpoint")
+        source = checkpoint_in(work.inputs["policy"])
+        loaded = load_checkpoint(source)
         if not isinstance(loaded.model, Decoder):
             raise CheckpointError(
                 f"{work.inputs['policy']} holds no language model", hint="reward starts from an sft section"
             )
-        self.tokenizer, self.parent = loaded.tokenizer, f"{work.inputs['policy'].name}/checkpoint"
+        self.tokenizer, self.parent = loaded.tokenizer, f"{source.parent.name}/{source.name}"
         chat, context = ChatFormat(self.tokenizer), loaded.spec.context_length
         folder = work.inputs["rankings"]
         train = encode_rankings(read_rankings(folder / "train.jsonl"), chat, context)

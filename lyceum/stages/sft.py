@@ -17,6 +17,8 @@ Deviations, each with its reason:
 The padding token is never the end token, and the stage refuses to begin if an end is not learned: a model that is not
 taught its end never stops (the commonest complaint about peers).
 
+With `lora_rank` low-rank adapters (`lyceum.model.lora`) are trained in place of the weights; the checkpoint is merged.
+
 Run by `lyceum sft RECIPE`. What it is not: packing of several conversations into one row; rows hold one each and are
 bucketed by length.
 
@@ -25,8 +27,10 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyceum import dist
@@ -37,8 +41,10 @@ from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.errors import CheckpointError, TrainingError
 from lyceum.log import log
-from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
+from lyceum.model.lora import adapt, merge, save_adapters
 from lyceum.model.transformer import Decoder
+from lyceum.run import checkpoint_in
 from lyceum.tokens.chat import ChatFormat, Rendered
 from lyceum.train.loop import run_stage
 from lyceum.train.losses import mean_loss, next_token_loss
@@ -60,6 +66,9 @@ class SFTConfig(TrainConfig):
 
     epochs: float = setting(4.0, "passes over the conversations: the run's length", low=0.0)
     max_tokens: int = setting(0, "longest conversation that is learned from; 0 = the model's context length", low=0)
+
+    lora_rank: int = setting(0, "rank of low-rank adapters, trained in place of the weights; 0 = the weights", low=0)
+    lora_alpha: float = setting(16.0, "what the adapters write is scaled by lora_alpha / lora_rank", low=0.0)
 
     matrix_lr: float = setting(0.01, "peak learning rate of Muon (matrices inside layers); 0 = AdamW at lr", low=0.0)
     lr: float = setting(3e-3, "peak learning rate of AdamW (embeddings, norms)", low=0.0)
@@ -120,13 +129,13 @@ class SFT(Stage[TokenBatch]):
 
     def start(self, work: Work) -> None:
         """Loads the pretrained model and renders the conversations."""
-        folder = work.inputs["policy"] / "checkpoint"
+        folder = checkpoint_in(work.inputs["policy"])
         loaded = load_checkpoint(folder)
         if not isinstance(loaded.model, Decoder) or loaded.tokenizer is None:
             raise CheckpointError(
                 f"{folder} holds no language model with a tokenizer", hint="sft starts from a pretrain or sft section"
             )
-        self.tokenizer, self.parent = loaded.tokenizer, f"{work.inputs['policy'].name}/checkpoint"
+        self.tokenizer, self.parent = loaded.tokenizer, f"{folder.parent.name}/{folder.name}"
         train = read_conversations(work.inputs["lessons"] / "train.jsonl")
         valid_path = work.inputs["lessons"] / "valid.jsonl"
         has_valid = valid_path.exists() and valid_path.stat().st_size > 0
@@ -160,7 +169,13 @@ class SFT(Stage[TokenBatch]):
         self.shown = [valid[number] for number in held.kept[:NUM_SAMPLES]]
         self.steps_per_epoch = len(self._epoch(0))
         self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
-        self.trained = {"model": Trained(model, config.optimizer(), config.clip_norm)}
+        optimizer = config.optimizer()
+        if config.lora_rank:
+            adapt(model, config.lora_rank, config.lora_alpha)
+            optimizer = config.optimizer(matrix_lr=0.0)  # AdamW, as in Hu et al.: with Muon they were never tried here
+            num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            log.info(f"  adapters of rank {config.lora_rank}: {num_trained:,} numbers are trained")
+        self.trained = {"model": Trained(model, optimizer, config.clip_norm)}
         log.info(f"  {len(self.lengths):,} conversations, {sum(self.lengths):,} tokens an epoch")
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
@@ -217,6 +232,16 @@ class SFT(Stage[TokenBatch]):
     def describe(self, micro_batch: TokenBatch) -> list[dict[str, Any]]:
         """The conversation's number in the lessons' train.jsonl, from 1, and its text."""
         return micro_batch.described(self.chat.tokenizer)
+
+    def save(self, folder: Path, snapshot: str = "") -> None:
+        """Writes the checkpoint; of adapters the merged weights, and at the end also the adapters alone."""
+        if not self.config.lora_rank:
+            return super().save(folder, snapshot)
+        if not snapshot:
+            save_adapters(folder / "adapter", self.model, self.parent or "")
+        merged = copy.deepcopy(self.model)
+        merge(merged)
+        save_checkpoint(folder / (snapshot or "checkpoint"), merged, self.tokenizer, self.info())
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Validation loss and accuracy, and what was learned from."""

@@ -26,7 +26,7 @@ from lyceum.errors import DataError, RunError
 from lyceum.evals.tasks import tutor
 from lyceum.log import log, progress
 from lyceum.model.checkpoint import load_checkpoint
-from lyceum.run import Work
+from lyceum.run import Work, checkpoint_in
 from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
@@ -159,7 +159,7 @@ def earlier_checkpoint(section: Path) -> Path:
 
 def run(config: RankingsConfig, work: Work) -> dict:
     """Draw and rank answers of `work.inputs["policy"]` to the prompts of `work.inputs["lessons"]`; returns the counts."""
-    policy = load_checkpoint(work.inputs["policy"] / "checkpoint")
+    policy = load_checkpoint(checkpoint_in(work.inputs["policy"]))
     models = [policy.model]
     if config.earlier:
         models.append(load_checkpoint(earlier_checkpoint(work.inputs["policy"])).model)

@@ -164,9 +164,18 @@ class ChatFormat:
 
     Args:
         tokenizer: its special tokens mark the turns.
+
+    Raises:
+        DataError: it has none that do, as a vocabulary made elsewhere may not.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        for name in (TURN_START, TURN_END):
+            if name not in tokenizer.special_ids:
+                raise DataError(
+                    f"this vocabulary has no special token {name}, so nothing marks the turns of a conversation",
+                    hint="such a model only continues text; choose one whose vocabulary has ChatML's marks, as Qwen's",
+                )
         self.tokenizer = tokenizer
         self.stop_ids: tuple[int, ...] = (tokenizer.turn_end_id, tokenizer.end_id)
         self._after_turn = tokenizer.encode("\n")
@@ -241,6 +250,11 @@ class ChatFormat:
         weights: list[float] = []
         for piece in parts:
             if piece.special:
+                if piece.special not in self.tokenizer.special_ids:
+                    raise DataError(
+                        f"this vocabulary has no special token {piece.special}, so it cannot say a conversation's tools",
+                        hint="leave conversations with tools out, or choose a model whose vocabulary has it",
+                    )
                 ids.append(self.tokenizer.special_ids[piece.special])
                 weights.append(piece.weight)
                 continue

@@ -19,7 +19,12 @@ of each are looked up. A test compares the two ways. A long text is encoded in p
 
     lyceum tokenizer recipes/demo.toml
 
-Not here: the chat format (`lyceum.tokens.chat`), and tokenizers that are not byte-level BPE.
+**A vocabulary made elsewhere** (GPT-2's, Llama 3's, Qwen's) is used as it is: nothing is added. Its own tokens play the
+roles it has them for; a role that it has no token for has the id `ABSENT`, and what needs that role says so: without turn
+marks there is no chat, without tool marks no tool. Saved, it is the file it came from; where it can chat, the template
+beside it is ours, because that is the format we speak.
+
+Not here: the chat format (`lyceum.tokens.chat`), and tokenizers that are not byte-level BPE (Llama 2's).
 """
 
 from __future__ import annotations
@@ -49,6 +54,9 @@ from lyceum.tokens.chat import CHAT_TEMPLATE, pieces
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+ABSENT = -1  # the id of a special token that the vocabulary does not have: no id of a text is equal to it
+ENDS = ("<|endoftext|>", "<|end_of_text|>")  # what vocabularies made elsewhere call the end of a text,
+PADS = ("<|pad|>", "<|fim_pad|>", "<|finetune_right_pad_id|>", "<|im_start|>")  # and what may pad, as it ends nothing
 HAN_RUN = 8  # characters; the longest Chinese piece that can be learned
 _LETTERS = rf"(?:\p{{Han}}{{1,{HAN_RUN}}}|[\p{{L}}&&[^\p{{Han}}]]+)"
 _TRAINING_PATTERN = PATTERN.replace(r"\p{L}+", _LETTERS)
@@ -111,9 +119,10 @@ class Tokenizer:
 
     Args:
         inner: the library's tokenizer; `train` and `load` make it.
+        origin: of a vocabulary made elsewhere, its tokenizer.json and its settings.
 
     Raises:
-        DataError: a special token is missing from it, or text can spell one.
+        DataError: a special token is missing from it, or text can spell one; it is not byte-level.
     """
 
     SPECIALS = (
@@ -121,14 +130,15 @@ class Tokenizer:
         "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     )  # fmt: skip
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, origin: tuple[str, dict[str, Any]] | None = None) -> None:
         inner.encode_special_tokens = True  # text that spells a special token is encoded like any other text
         self._inner = inner
         table = json.loads(inner.to_str())
         added = {token["id"]: token["content"] for token in table["added_tokens"]}
-        self.special_ids: dict[str, int] = {name: number for number, name in added.items()}
+        texts = {token["id"] for token in table["added_tokens"] if origin and not token["special"]}
+        self.special_ids: dict[str, int] = {name: number for number, name in added.items() if number not in texts}
         missing = [name for name in self.SPECIALS if name not in self.special_ids]
-        if missing:
+        if missing and origin is None:
             raise DataError(
                 f"the vocabulary has no special token {missing[0]}", hint="train one: lyceum tokenizer RECIPE"
             )
@@ -138,20 +148,46 @@ class Tokenizer:
         byte_of = _byte_of_letter()
         for word, number in vocabulary.items():
             if number not in added:
+                if strange := set(word) - byte_of.keys():
+                    raise DataError(
+                        f"not a byte-level BPE tokenizer: {word!r} is a piece, and {min(strange)!r} spells no byte",
+                        hint="GPT-2's, Llama 3's and Qwen's are; without tokenizer.json the model loads without text",
+                    )
                 self.token_bytes[number] = bytes(byte_of[letter] for letter in word)
+        for number in texts:
+            self.token_bytes[number] = added[number].encode()
         self._spelled = [added.get(number, "").encode() or text for number, text in enumerate(self.token_bytes)]
         self.fingerprint = _fingerprint(vocabulary, table["model"]["merges"], added)
         ours = json.loads(_pre_tokenizer(PATTERN).__getstate__())
-        self._words = _Words(inner) if table["pre_tokenizer"] == ours and table["normalizer"] is None else None
-        if set(inner.encode(" ".join(added.values()), add_special_tokens=False).ids) & set(added):
+        is_ours = table["pre_tokenizer"] == ours and table["normalizer"] is None and not texts
+        self._words = _Words(inner) if is_ours else None
+        spelled = inner.encode(" ".join(self.special_ids), add_special_tokens=False).ids
+        if set(spelled) & set(self.special_ids.values()):
             raise DataError("text can spell special tokens of this vocabulary", hint="mark them as special in the file")
         self.pad_id, self.end_id, self.turn_start_id, self.turn_end_id = self._ids(0, 4)
         self.fim_prefix_id, self.fim_middle_id, self.fim_suffix_id = self._ids(4, 7)
         self.tool_call_start_id, self.tool_call_end_id = self._ids(7, 9)
         self.tool_response_start_id, self.tool_response_end_id = self._ids(9, 11)
+        self.stop_ids: tuple[int, ...] = (self.turn_end_id, self.end_id)  # of these one ends what is generated
+        self._origin = origin
+        if origin is not None:
+            self._take_roles(origin[1])
 
     def _ids(self, start: int, stop: int) -> list[int]:
-        return [self.special_ids[name] for name in self.SPECIALS[start:stop]]
+        return [self.special_ids.get(name, ABSENT) for name in self.SPECIALS[start:stop]]
+
+    def _take_roles(self, config: dict[str, Any]) -> None:
+        """Find who ends a text and who pads in a vocabulary made elsewhere."""
+        ends = [self.special_ids[name] for name in (*ENDS, config.get("eos_token")) if name in self.special_ids]
+        if not ends:
+            raise DataError(
+                "the vocabulary has no token that ends a text",
+                hint="tokenizer_config.json beside it should name its eos_token; or train one: lyceum tokenizer RECIPE",
+            )
+        self.end_id = ends[0]
+        self.stop_ids = tuple(number for number in dict.fromkeys((self.turn_end_id, *ends)) if number != ABSENT)
+        pads = [self.special_ids[name] for name in (config.get("pad_token"), *PADS) if name in self.special_ids]
+        self.pad_id = next((number for number in pads if number not in self.stop_ids), self.end_id)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -181,7 +217,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Read the tokenizer of a folder: a section's, or any checkpoint's.
+        """Read the tokenizer of a folder: a section's, or any checkpoint's, also one made elsewhere.
 
         Raises:
             DataError: there is no ``tokenizer.json``, it cannot be read, or it is not such a vocabulary.
@@ -190,7 +226,16 @@ class Tokenizer:
         if not path.is_file():
             raise DataError("there is no such file", file=path, hint="make it with: lyceum tokenizer RECIPE")
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
+            table = json.loads(text)
+            if set(cls.SPECIALS) <= {token["content"] for token in table["added_tokens"]}:
+                return cls(tokenizers.Tokenizer.from_str(text))
+            for token in table[
+                "added_tokens"
+            ]:  # so that text cannot become a mark: <tool_call> of Qwen's is not special
+                token["special"] |= token["content"].startswith("<") and token["content"].endswith(">")
+            table |= {"truncation": None, "padding": None}
+            return cls(tokenizers.Tokenizer.from_str(json.dumps(table)), (text, _foreign_config(path.parent)))
         except DataError as error:
             raise DataError(error.message, file=path, hint=error.hint) from None
         except Exception as error:  # the library raises bare Exceptions
@@ -201,6 +246,19 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` (with the chat template) into `folder`."""
         folder = Path(folder)
+        if self._origin is not None:
+            text, config = self._origin
+            names = {number: name for name, number in self.special_ids.items()}
+            config = {
+                **config,
+                "eos_token": config.get("eos_token") or names[self.end_id],
+                "pad_token": names[self.pad_id],
+            }
+            if ABSENT not in (self.turn_start_id, self.turn_end_id):
+                config["chat_template"] = CHAT_TEMPLATE
+            write_text(folder / "tokenizer.json", text)
+            write_json(folder / "tokenizer_config.json", config)
+            return
         write_text(folder / "tokenizer.json", self._inner.to_str(pretty=True))
         write_json(
             folder / "tokenizer_config.json",
@@ -249,6 +307,23 @@ class Tokenizer:
         """The text of ids; bytes that are not UTF-8 become U+FFFD. Special tokens are left out unless kept by name."""
         table = self._spelled if keep_special else self.token_bytes
         return b"".join([table[number] for number in ids]).decode("utf-8", "replace")
+
+    def widen(self, num_ids: int) -> None:
+        """Let ids up to `num_ids` be decoded, as nothing: the rows of a model's embedding that no token has."""
+        for table in (self.token_bytes, self._spelled):
+            table += [b""] * (num_ids - len(table))
+
+
+def _foreign_config(folder: Path) -> dict[str, Any]:
+    """What the files beside a tokenizer.json say of it; older ones keep the special tokens and the template apart."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    if (folder / "chat_template.jinja").is_file():
+        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    is_token = {key for key, value in config.items() if isinstance(value, dict) and "content" in value}
+    return {key: value["content"] if key in is_token else value for key, value in config.items()}
 
 
 def _fingerprint(vocabulary: dict[str, int], merges: Sequence[Any], added: dict[int, str]) -> str:

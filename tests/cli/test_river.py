@@ -190,6 +190,22 @@ def test_from_looks_at_unfinished_work_as_missing(garden: Any) -> None:
         garden.run(first="tree")
 
 
+def test_a_section_starts_from_a_checkpoint_folder_made_elsewhere(garden: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    text = garden.recipe.read_text()
+    garden.recipe.write_text(text.replace('from = "shoot"', f'from = "{folder}"'))
+    with pytest.raises(ConfigError, match="is no earlier section of kind .* and no folder with a config.json"):
+        garden.run()
+    (folder / "config.json").write_text("{}")
+    assert garden.run() == ALL
+    assert garden.works["graft"].inputs["policy"] == folder
+    garden.recipe.write_text((garden.folder / "recipe.toml").read_text())  # as resolved: the same section
+    assert garden.run() == [] and garden.run(first="graft") == []
+    garden.recipe.write_text(text)
+    assert garden.run() == ["graft", "fruit"] and garden.works["graft"].inputs["policy"] == garden.folder / "shoot"
+
+
 def test_from_and_until_take_a_kind_where_it_is_plain(garden: Any) -> None:
     steps = river.plan(load_recipe(garden.recipe))
     assert [step.name for step in river.choose(steps, "shoot", "shoot")] == ["shoot"]

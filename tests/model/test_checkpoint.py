@@ -16,7 +16,7 @@ from lyceum.tokens.tokenizer import Tokenizer
 
 
 class FakeTokenizer:
-    pad_id, end_id, turn_end_id, vocab_size = 0, 1, 3, 96
+    pad_id, stop_ids, vocab_size = 0, (3, 1), 96
 
     def save(self, folder):
         (folder / "tokenizer_config.json").write_text("{}")
@@ -229,12 +229,15 @@ BREAKS = {
     "weights cut off": (truncate, r"model\.safetensors is broken"),
     "weights empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), r"model\.safetensors is broken"),
     "lyceum cut off": (lambda folder: (folder / "lyceum.json").write_text("{"), r"lyceum\.json is not JSON"),
-    "unknown class": (set_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not known"),
+    "unknown class": (set_config(architectures=["GemmaForCausalLM"]), "architecture GemmaForCausalLM is not known"),
     "no class": (without_config("architectures"), "architecture nothing is not known"),
     "no width": (without_config("hidden_size"), r"config\.json describes no model.*width"),
     "misfit heads": (set_config(num_key_value_heads=3), r"config\.json describes no model.*3 key/value heads"),
-    "biases": (set_config(attention_bias=True), r"config\.json asks for biases"),
-    "window": (set_config(use_sliding_window=True), "asks for a sliding window"),
+    "biases": (set_config(attention_bias=True), r"model\.safetensors lacks model\.layers\.0\.self_attn\.k_proj\.bias"),
+    "window": (
+        set_config(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        "asks for a sliding window",
+    ),
     "activation": (set_config(hidden_act="gelu"), "asks for the activation gelu"),
     "scaled rotary": (set_config(rope_parameters={"rope_type": "yarn"}), "asks for scaled rotary positions"),
     "other shape": (set_weight(NORM, 32), r"model\.norm\.weight is \[32\], but config\.json beside it says \[64\]"),

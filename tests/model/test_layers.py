@@ -9,6 +9,7 @@ from torch import nn
 
 from lyceum.model import layers
 from lyceum.model.layers import FastLinears, FastNormRotate, FastRMSNorm, FastSiluTimes, RMSNorm, SwiGLU, paired
+from lyceum.model.spec import ModelSpec
 
 EPS = 1e-3  # large, so that a forgotten eps shows
 
@@ -132,7 +133,7 @@ def test_swiglu_of_wrapped_layers_is_that_of_bare_ones():
         def forward(self, x):
             return self.linear(x)
 
-    ffn = SwiGLU(8, 16)
+    ffn = SwiGLU(ModelSpec(4, 1, 8, 2, 2, 4, ffn_width=16, context_length=4))
     x = torch.randn(2, 3, 8)
     bare = ffn(x)
     ffn.gate_proj = Wrapped(ffn.gate_proj)

@@ -53,6 +53,9 @@ def test_an_override_replaces_its_step_and_later_steps_follow_it():
         ({"head_width": 15}, "head_width is 15", "even"),
         ({"num_layers": 0}, "num_layers is 0", "above zero"),
         ({"context_length": -1}, "context_length is -1", "above zero"),
+        ({"norm": "batch"}, "norm is 'batch'", "rms or layer"),
+        ({"biases": ("qkv",)}, "no linear layer qkv", "q_proj"),
+        ({"biases": ("gate_proj",), "ffn": "gelu"}, "no linear layer gate_proj", "up_proj"),
     ],
 )
 def test_numbers_that_do_not_fit_together_are_refused_with_a_hint(tiny_spec, changes, message, hint):
@@ -61,15 +64,19 @@ def test_numbers_that_do_not_fit_together_are_refused_with_a_hint(tiny_spec, cha
     assert hint in caught.value.hint
 
 
+GPT2_WORDS = {"norm": "layer", "positions": "learned", "ffn": "gelu", "qk_norm": False}
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_counted_parameters_are_the_models_parameters(tiny_spec, tied, qk_norm):
-    spec = tiny_spec(tied=tied, qk_norm=qk_norm)
+@pytest.mark.parametrize("words", [{}, {"qk_norm": False}, {"biases": ("k_proj", "down_proj")}, GPT2_WORDS])
+def test_counted_parameters_are_the_models_parameters(tiny_spec, tied, words):
+    spec = tiny_spec(tied=tied, **words)
     counts = spec.num_parameters()
     weights = dict(Decoder(spec).named_parameters())
     assert counts["total"] == sum(weight.numel() for weight in weights.values())
     assert counts["norms"] == sum(weight.numel() for name, weight in weights.items() if "norm" in name)
-    assert counts["matrices"] == sum(weight.numel() for name, weight in weights.items() if "_proj" in name)
+    assert counts["matrices"] == sum(weight.numel() for name, weight in weights.items() if "_proj.weight" in name)
+    assert counts["biases"] == sum(weight.numel() for name, weight in weights.items() if "_proj.bias" in name)
 
 
 def test_flops_of_a_token_by_hand():

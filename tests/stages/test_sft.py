@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from lyceum.errors import CheckpointError, DataError, TrainingError
 from lyceum.log import read_metrics
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.heads import ScoreModel
+from lyceum.model.lora import load_adapters, merge
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
@@ -189,10 +191,14 @@ def test_steps_from_the_middle_are_the_same_steps(chat: ChatFormat) -> None:
 # -------------------------------------------------------------------------------- the run
 
 
+ADAPTERS = dataclasses.replace(SMALL, lora_rank=4, lora_alpha=8.0, lr=0.03)
+
+
+@pytest.mark.parametrize("config", [SMALL, ADAPTERS], ids=["weights", "adapters"])
 def test_the_run_learns_reports_and_resumes_bit_for_bit(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: SFTConfig
 ) -> None:
-    report = run(SMALL, work_in(tmp_path / "straight", inputs))
+    report = run(config, work_in(tmp_path / "straight", inputs))
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     assert lines[-1]["loss/reply"] < 0.95 * lines[0]["loss/reply"]
     assert report["conversations"] == 40 and report["dropped"] == 0 and report["epochs"] == 2.0
@@ -211,13 +217,46 @@ def test_the_run_learns_reports_and_resumes_bit_for_bit(
 
     monkeypatch.setattr(SFT, "steps", killed_at_5)
     with pytest.raises(KeyboardInterrupt):
-        run(SMALL, work_in(tmp_path / "killed", inputs))
+        run(config, work_in(tmp_path / "killed", inputs))
     monkeypatch.setattr(SFT, "steps", whole)
-    run(SMALL, work_in(tmp_path / "killed", inputs))
+    run(config, work_in(tmp_path / "killed", inputs))
     for one, other in zip(read_metrics(tmp_path / "killed" / "metrics.jsonl"), lines, strict=True):
         assert {k: one[k] for k in one if k not in loop.TIMINGS} == {
             k: other[k] for k in other if k not in loop.TIMINGS
         }
+
+
+def test_adapters_alone_are_trained_and_the_checkpoint_is_base_and_adapters_together(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = load_checkpoint(inputs["policy"] / "checkpoint").model
+    stage = SFT(dataclasses.replace(ADAPTERS, snapshots=(0.5,), ema=0.5))
+    loop.run_stage(stage, work_in(tmp_path, inputs))
+    trained = dict(stage.model.named_parameters())
+    assert all(torch.equal(weight, trained[name]) for name, weight in base.named_parameters())
+    assert {name for name, weight in trained.items() if weight.requires_grad} == {n for n in trained if ".lora_" in n}
+    load_adapters(tmp_path / "adapter", base)
+    saved, snapshot = (load_checkpoint(tmp_path / name).model for name in ("checkpoint", "snapshot-0.50"))
+    tokens = torch.arange(40)[None]
+    adapted = base.logits(base(tokens))
+    torch.testing.assert_close(saved.logits(saved(tokens)), adapted, rtol=0, atol=1e-5)
+    assert (snapshot.logits(snapshot(tokens)) - adapted).abs().max() > 1e-3
+    merge(base)
+    merged, found = base.state_dict(), saved.state_dict()
+    assert merged.keys() == found.keys() and all(torch.equal(merged[name], found[name]) for name in merged)
+
+
+def test_a_run_starts_from_a_folder_of_another_family(
+    chat: ChatFormat, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(model(chat).spec, qk_norm=False, biases=("q_proj", "k_proj", "v_proj"))
+    save_checkpoint(tmp_path / "models" / "tiny-qwen2", Decoder(spec), chat.tokenizer, {})
+    (tmp_path / "models" / "tiny-qwen2" / "lyceum.json").unlink()
+    config = json.loads((tmp_path / "models" / "tiny-qwen2" / "config.json").read_text())
+    assert config["model_type"] == "qwen2"
+    run(SMALL, work_in(tmp_path / "run", {**inputs, "policy": tmp_path / "models" / "tiny-qwen2"}))
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert saved.spec == spec and saved.info["parent"] == "models/tiny-qwen2"
 
 
 def test_too_long_conversations_are_counted_and_nothing_left_is_an_error(

@@ -21,7 +21,8 @@ from lyceum.corpus.cut import ENCODED, cut
 from lyceum.corpus.records import Conversation, Document, Message, write_records
 from lyceum.errors import ConfigError, DataError
 from lyceum.run import StageFolder, Work
-from lyceum.tokens.tokenizer import HAN_RUN, PATTERN, Tokenizer, TokenizerConfig, _sample, run
+from lyceum.tokens.chat import ChatFormat
+from lyceum.tokens.tokenizer import ABSENT, HAN_RUN, PATTERN, Tokenizer, TokenizerConfig, _sample, run
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "tok-vectors"
 HOSTILE = [
@@ -238,9 +239,147 @@ def test_vocabulary_whose_special_tokens_can_be_typed_is_refused(saved: Path, tm
         Tokenizer.load(tmp_path)
 
 
-def test_vocabulary_without_our_special_tokens_is_refused(tmp_path: Path) -> None:
+# -------------------------------------------------------------------------------- vocabularies made elsewhere
+
+FOREIGN = {  # added tokens (a star: not special), settings, end, pad, stops
+    "gpt2": (
+        ["<|endoftext|>"],
+        {"eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}},
+        "<|endoftext|>",
+        "<|endoftext|>",
+        1,
+    ),
+    "qwen2": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": "theirs"},
+        "<|endoftext|>",
+        "<|im_start|>",
+        2,
+    ),
+    "qwen3": (
+        [
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            *(f"*{name}" for name in Tokenizer.SPECIALS[4:]),
+            "*<|fim_pad|>",
+        ],
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]},
+        "<|endoftext|>",
+        "<|fim_pad|>",
+        2,
+    ),
+    "llama3": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "*        "],
+        {"eos_token": "<|eot_id|>", "chat_template": "theirs"},
+        "<|end_of_text|>",
+        "<|end_of_text|>",
+        2,
+    ),
+}
+
+
+def make_foreign(folder: Path, name: str) -> dict[str, int]:
+    """A tokenizer of that kind, written by the library; returns the ids of its added tokens."""
+    tokens, config, *_ = FOREIGN[name]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name == "llama3"))
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "gpt2")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZE_REGEX), "isolated")
+    inner.pre_tokenizer = byte_level if name == "gpt2" else tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    if name.startswith("qwen"):
+        inner.normalizer = tokenizers.normalizers.NFC()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=sorted(alphabet))
+    inner.train_from_iterator(
+        ["user\nassistant\nsystem\n what does len return?  a number, naïve 我想学习"] * 20, trainer
+    )
+    added = [tokenizers.AddedToken(t.lstrip("*"), special=t[0] != "*", normalized=False) for t in tokens]
+    inner.add_tokens(added)
+    inner.enable_truncation(3)
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}))
+    return {token.content: inner.token_to_id(token.content) for token in added}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_vocabulary_encodes_as_transformers_and_finds_its_roles(tmp_path: Path, name: str) -> None:
+    ids = make_foreign(tmp_path, name)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    _, config, end, pad, num_stops = FOREIGN[name]
+    for text in ["what does len return?", "我想 naïve\n\n  x = 1234", "def f():\n        return 'don't'"]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False, truncation=False)
+        assert ours.encode_batch([text, "a"])[0] == ours.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.end_id, ours.pad_id) == (ids[end], ids[pad])
+    assert len(ours.stop_ids) == num_stops and theirs.eos_token_id in ours.stop_ids and ABSENT not in ours.stop_ids
+    assert ours.turn_end_id == ids.get("<|im_end|>", ABSENT)
+    assert ours.tool_call_start_id == ids.get("<tool_call>", ABSENT)
+    assert not set(ours.encode("".join(ours.special_ids))) & set(ours.special_ids.values())
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_vocabulary_is_saved_as_it_came_and_chats_only_with_turn_marks(tmp_path: Path, name: str) -> None:
+    make_foreign(tmp_path, name)
+    ours = Tokenizer.load(tmp_path)
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    before, after = ((tmp_path / at / "tokenizer.json").read_text() for at in (".", "again"))
+    assert after.strip() == before.strip()
+    assert Tokenizer.load(tmp_path / "again").fingerprint == ours.fingerprint
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs.pad_token_id == ours.pad_id and theirs.eos_token_id in ours.stop_ids
+    if name in ("gpt2", "llama3"):
+        assert theirs.chat_template == FOREIGN[name][1].get("chat_template")
+        with pytest.raises(
+            DataError, match=r"no special token <\|im_start\|>, so nothing marks the turns(.|\n)*hint: "
+        ):
+            ChatFormat(ours)
+        return
+    talk = Conversation((Message("user", "what does len return?"), Message("assistant", "a number")))
+    wanted = theirs.apply_chat_template([{"role": m.role, "content": m.content} for m in talk.messages], tokenize=False)
+    assert ChatFormat(ours).render(talk).ids == theirs.encode(wanted, add_special_tokens=False, truncation=False)
+    with_tools = Conversation((Message("user", "hi"), Message("tool", "a result")))
+    if name == "qwen3":
+        assert ours.tool_response_start_id in ChatFormat(ours).render(with_tools).ids
+    else:
+        with pytest.raises(
+            DataError, match="no special token <tool_response>, so it cannot say a conversation's tools"
+        ):
+            ChatFormat(ours).render(with_tools)
+
+
+def test_settings_beside_an_older_foreign_vocabulary_are_found_where_they_stand(tmp_path: Path) -> None:
+    ids = make_foreign(tmp_path, "llama3")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|eot_id|>"}}))
+    (tmp_path / "chat_template.jinja").write_text("theirs")
+    ours = Tokenizer.load(tmp_path)
+    assert ids["<|eot_id|>"] in ours.stop_ids
+    ours.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == ids["<|eot_id|>"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == "theirs"
+
+
+def test_ids_that_only_the_model_has_decode_as_nothing(tmp_path: Path) -> None:
+    make_foreign(tmp_path, "qwen2")
+    ours = Tokenizer.load(tmp_path)
+    size = ours.vocab_size
+    ours.widen(size + 3)
+    assert ours.vocab_size == size and ours.decode([*ours.encode("len"), size + 2], keep_special=True) == "len"
+
+
+def test_vocabulary_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"no special token <\|pad\|>"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: the vocabulary has no token that ends a text"):
+        Tokenizer.load(tmp_path)
+
+
+def test_vocabulary_of_characters_is_refused_by_one_of_its_pieces(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(tokenizers.models.BPE({"▁the": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        DataError, match=r"not a byte-level BPE tokenizer: '▁the' is a piece(.|\n)*hint: .*without text"
+    ):
         Tokenizer.load(tmp_path)
 
 
