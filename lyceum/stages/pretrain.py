@@ -197,6 +197,10 @@ class Pretrain(Stage[TokenBatch]):
         total, _, metrics = next_token_loss(self.model, micro_batch.tokens_BT, micro_batch.weights_BT)
         return {"text": Term(total)}, metrics
 
+    def halves(self, micro_batch: TokenBatch) -> list[TokenBatch]:
+        """Its rows in two."""
+        return micro_batch.halves()
+
     def validate(self) -> dict[str, float]:
         """Bits per byte of each part's held-out text, as bpb_<part>."""
         found = {}

@@ -11,6 +11,8 @@ Guarantees, each with a test in `tests/train/test_loop.py`:
   cutting a step into other micro-batches, or over other ranks, changes rounding only.
 - A run that was killed at any moment and started again has the same losses bit for bit, on the same machine, versions
   and threads.
+- A device that runs out of memory in a pass gets smaller micro-batches, said once: the same step as if they had been
+  smaller from the start.
 - A loss or gradient that is not finite, or a term with nothing to learn from, is a TrainingError before any weight is
   touched; the last saved state stands.
 
@@ -29,7 +31,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import safetensors.torch
@@ -39,7 +41,7 @@ from torch import Tensor
 
 from lyceum import dist
 from lyceum.device import pick_device
-from lyceum.errors import CheckpointError, RunError, TrainingError
+from lyceum.errors import CheckpointError, ResourceError, RunError, TrainingError
 from lyceum.log import Metrics, log, progress, show_number, show_time
 from lyceum.run import Work, disk_errors, write_json
 from lyceum.train.optim import Learner, schedule
@@ -83,6 +85,7 @@ class _Loop:
         self.seconds = 0.0  # of training, over all attempts; validation and saving not counted
         self.final: dict[str, float] = {}  # the last value of every metric
         self.saved_at = 0
+        self.halvings = 0  # how often every micro-batch is cut in two, since the device ran out of memory
 
     # -------------------------------------------------------------------------------- the run
 
@@ -154,6 +157,8 @@ class _Loop:
 
     def _update(self, step: Step[Any], *, is_logged: bool) -> dict[str, float]:
         """One optimizer update; returns the step's metrics over all ranks."""
+        for _ in range(self.halvings):
+            self._halve(step)
         counts = self._counts(step)
         self.stage.before_step(step)
         # Every rank brings its part of each count, so that the sums over ranks are total and count.
@@ -199,28 +204,68 @@ class _Loop:
 
     def _backward(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
         """Leaves the gradient of the whole loss, summed over ranks, in every learner's `gradient`."""
-        for learner in self.learners.values():
-            learner.gradient.zero_()
-            learner.accumulate_in(learner.gradient)
-        for micro_batch in step.micro_batches:
-            first, *others = self._losses(micro_batch, counts, sums).values()
-            sum(others, first).backward()
+
+        def attempt(sums: Sums) -> None:
+            for learner in self.learners.values():
+                learner.gradient.zero_()
+                learner.accumulate_in(learner.gradient)
+            for micro_batch in step.micro_batches:
+                first, *others = self._losses(micro_batch, counts, sums).values()
+                sum(others, first).backward()
+
+        self._in_memory(step, sums, attempt)
         dist.sum_tensors(*[learner.gradient for learner in self.learners.values()])
         return {}
 
     def _backward_by_term(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
         """Leaves the same gradient, and returns term -> norm of that term's part of it, over all trained modules."""
         parts = {(t, n): torch.zeros_like(learner.gradient) for t in counts for n, learner in self.learners.items()}
-        for micro_batch in step.micro_batches:
-            losses = self._losses(micro_batch, counts, sums)
-            for number, (term, loss) in enumerate(losses.items(), start=1):
-                for name, learner in self.learners.items():
-                    learner.accumulate_in(parts[term, name])
-                loss.backward(retain_graph=number < len(losses))
+
+        def attempt(sums: Sums) -> None:
+            for part in parts.values():
+                part.zero_()
+            for micro_batch in step.micro_batches:
+                losses = self._losses(micro_batch, counts, sums)
+                for number, (term, loss) in enumerate(losses.items(), start=1):
+                    for name, learner in self.learners.items():
+                        learner.accumulate_in(parts[term, name])
+                    loss.backward(retain_graph=number < len(losses))
+
+        self._in_memory(step, sums, attempt)
         dist.sum_tensors(*parts.values())
         for name, learner in self.learners.items():
             torch.sum(torch.stack([parts[term, name] for term in counts]), 0, out=learner.gradient)
         return {t: math.hypot(*(float(parts[t, name].norm()) for name in self.learners)) for t in counts}
+
+    def _in_memory(self, step: Step[Any], sums: Sums, attempt: Callable[[Sums], None]) -> None:
+        """Goes through this rank's micro-batches; where the device is out of memory, again with all of them halved.
+
+        The counts, and so the gradient, stay those of the whole step. No rank waits for another in here.
+        """
+        while True:
+            found: Sums = {}
+            try:
+                attempt(found)
+            except torch.OutOfMemoryError as error:
+                failed = str(error).splitlines()[0]
+            else:
+                for name, (total, count) in found.items():
+                    _add(sums, name, total, count)
+                return
+            torch.cuda.empty_cache()  # here, where the traceback no longer holds the failed pass
+            before = len(step.micro_batches)
+            self._halve(step)
+            if len(step.micro_batches) == before:
+                raise ResourceError(
+                    f"{self.stage.kind}: the smallest micro-batch does not fit into the device's memory: {failed}",
+                    hint="make the rows or the model smaller; `lyceum plan` says what each part takes",
+                )
+            if not self.halvings:
+                log.warning(f"{self.stage.kind}: out of memory; micro-batches are halved, the steps stay what they are")
+            self.halvings += 1
+
+    def _halve(self, step: Step[Any]) -> None:
+        step.micro_batches = [half for whole in step.micro_batches for half in self.stage.halves(whole)]
 
     def _losses(self, micro_batch: Any, counts: dict[str, float], sums: Sums) -> dict[str, Tensor]:
         """Term -> its differentiable share of the step's loss; totals and metrics are added to `sums`."""
@@ -308,6 +353,7 @@ class _Loop:
             "seconds": self.seconds,
             "final": self.final,
             "stop": self.stage.stop,
+            "halvings": self.halvings,
             "stage": {key: value for key, value in stage_state.items() if not isinstance(value, Tensor)},
             "settings": self._settings(),
             "environment": _environment(),
@@ -347,7 +393,7 @@ class _Loop:
         for name, learner in self.learners.items():
             learner.load_state_tensors(_below(f"{name}/", tensors))
         self.stage.load_state_dict({**header["stage"], **_below("stage/", tensors)})
-        self.stage.stop = header["stop"]
+        self.stage.stop, self.halvings = header["stop"], header.get("halvings", 0)
         self.done = self.saved_at = header["step"]
         self.tokens, self.seconds, self.final = header["tokens"], header["seconds"], header["final"]
         torch.set_rng_state(tensors["random"][dist.rank() % len(tensors["random"])].clone())

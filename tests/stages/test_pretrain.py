@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,26 @@ def test_a_resumed_run_equals_the_straight_run_and_keeps_its_shards(
             k: other[k] for k in other if k not in loop.TIMINGS
         }
     assert report["bpb_docs"] == finished[1]["bpb_docs"]
+
+
+def test_a_device_out_of_memory_trains_on_with_smaller_micro_batches(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SMALL, tokens=6 * 256, log_every=1, validate_every=0)
+    run(replace(config, micro_tokens=64), work_in(tmp_path / "small", inputs))
+    whole, passes = Pretrain.loss, []
+
+    def cramped(self: Pretrain, micro_batch: Any) -> Any:
+        passes.append(len(micro_batch.tokens_BT))
+        if len(passes) == 6 or (len(passes) > 6 and passes[-1] > 2):  # in the middle of the third step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, micro_batch)
+
+    monkeypatch.setattr(Pretrain, "loss", cramped)
+    run(config, work_in(tmp_path / "cramped", inputs))
+    assert passes == [4] * 6 + [2] * 16 and capsys.readouterr().err.count("micro-batches are halved") == 1
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("cramped", "small")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
 
 
 # -------------------------------------------------------------------------------- refusals
