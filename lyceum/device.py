@@ -132,6 +132,38 @@ def peak_memory_gb() -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes there, kibibytes elsewhere
 
 
+def memory_bytes() -> int:
+    """The memory that processes here may take together, in bytes: the machine's, or the container's where that is less.
+
+    0 where the system does not tell.
+    """
+    found = [int(_memory_gb() * 1e9)]
+    for place in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(place).read_text()))
+        except (OSError, ValueError):  # no such limit; "max" is none either
+            pass
+    return min((size for size in found if size > 0), default=0)
+
+
+def matmul_gflops(rows: int, inner: int, columns: int, seconds: float = 0.4) -> float:
+    """The best GFLOP/s of fp32 products (rows, inner) x (inner, columns) on this device, over `seconds` of trying."""
+    import torch
+
+    place = pick_device()
+    wait = torch.cuda.synchronize if place.type == "cuda" else lambda: None
+    left, right = torch.ones(rows, inner, device=place), torch.ones(inner, columns, device=place)
+    torch.mm(left, right)
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        wait()
+        start = time.perf_counter()
+        torch.mm(left, right)
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2e-9 * rows * inner * columns / best
+
+
 def busy_share(seconds: float = 0.5) -> float:
     """The share of all cores, 0 to 1, that somebody else uses while this process sleeps for `seconds`.
 

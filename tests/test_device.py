@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +84,21 @@ def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.pick_device() == torch.device("cpu")
+
+
+def test_the_memory_of_a_container_bounds_that_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = device.memory_bytes()
+    assert 0 < whole <= 1e9 * device.facts()["memory_gb"] + 1
+    monkeypatch.setattr(device, "Path", lambda place: tmp_path / Path(place).name)
+    (tmp_path / "memory.max").write_text("123456789\n")
+    assert device.memory_bytes() == 123456789
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.memory_bytes() == int(1e9 * device.facts()["memory_gb"])
+
+
+def test_the_measured_speed_of_products_is_one_that_a_machine_can_have() -> None:
+    import torch
+
+    state = torch.get_rng_state()
+    assert 0.05 < device.matmul_gflops(256, 256, 256, seconds=0.05) < 1e6
+    assert torch.equal(state, torch.get_rng_state())  # no random number is drawn

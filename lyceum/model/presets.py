@@ -82,7 +82,9 @@ class Shape:
 
 
 def _gpt(layers: int, width: int, heads: int, context: int, lr: float = 0.0, batch: int = 0) -> Shape:
-    return Shape("gpt2", layers, width, heads, heads, width // heads, 4 * width, context, 50257, lr=lr, batch_tokens=batch)
+    return Shape(
+        "gpt2", layers, width, heads, heads, width // heads, 4 * width, context, 50257, lr=lr, batch_tokens=batch
+    )
 
 
 def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> Shape:

@@ -198,7 +198,9 @@ class ModelConfig:
             )
         spec = find_shape(self.preset).spec(vocab_size, self.context_length)
         values = {f.name: getattr(spec, f.name) for f in fields(spec)}
-        return spec, [f"{n}. {name} = {value}: preset {self.preset}" for n, (name, value) in enumerate(values.items(), 1)]
+        return spec, [
+            f"{n}. {name} = {value}: preset {self.preset}" for n, (name, value) in enumerate(values.items(), 1)
+        ]
 
     def spec(self, vocab_size: int) -> ModelSpec:
         """Return the spec for a vocabulary of `vocab_size` tokens (see `derive`)."""

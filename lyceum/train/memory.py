@@ -83,7 +83,7 @@ def training_memory(
         "weights": 4 * num_weights,
         "gradients": 4 * gradients,
         "optimizer": 4 * optimizer,
-        "activations": int(SLACK * number_bytes * micro_tokens * (kept_per_token(spec) + _passing_per_token(spec))),
+        "activations": round(SLACK * number_bytes * micro_tokens * (kept_per_token(spec) + _passing_per_token(spec))),
         "logits": number_bytes * logits,
         "cache": 0,
     }
@@ -100,7 +100,7 @@ def cache_memory(spec: ModelSpec, num_rows: int, num_tokens: int) -> Memory:
     while reach < num_tokens:
         reach *= 2
     numbers = 2 * spec.num_layers * num_rows * spec.num_kv_heads * spec.head_width * reach
-    return {"cache": int(4 * numbers * SLACK)}
+    return {"cache": round(4 * numbers * SLACK)}
 
 
 def kept_per_token(spec: ModelSpec) -> int:

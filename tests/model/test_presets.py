@@ -70,7 +70,9 @@ def test_the_count_is_the_published_one(name: str) -> None:
     assert SHAPES[name].num_parameters() == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", ["gpt", "gpt2", "gpt3-xl", "gpt3-13b", "qwen3-0.6b", "qwen3-8b", "llama3.2-1b", "llama2-7b"])
+@pytest.mark.parametrize(
+    "name", ["gpt", "gpt2", "gpt3-xl", "gpt3-13b", "qwen3-0.6b", "qwen3-8b", "llama3.2-1b", "llama2-7b"]
+)
 def test_the_count_is_that_of_transformers_class(name: str) -> None:
     assert SHAPES[name].num_parameters() == sum(p.numel() for p in oracle(SHAPES[name]).parameters())
 
