@@ -15,8 +15,9 @@ SLACK and MUON_COPIES are measured: the growth of the resident memory over what 
 eight shapes from 1 to 27 million weights on a CPU, glibc keeping what is freed (`tests/train/test_memory.py` holds the
 demo's two shapes to 15 %; at width 512 with Muon the estimate was a fifth too low). On a GPU the slack was not measured.
 
-What it is not: the interpreter's own memory, BASE_BYTES with torch; token shards, which are mapped and given back under
-pressure; saving, whose copy of weights and optimizer replaces the activations and is smaller for models of this size.
+What it is not: the interpreter's own memory, BASE_BYTES with torch; what earlier sections of the same process left
+behind; token shards, which are mapped and given back under pressure; or saving, whose copy of weights
+and optimizer takes the place of the activations.
 """
 
 from __future__ import annotations

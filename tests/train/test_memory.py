@@ -66,9 +66,9 @@ def train(folder: Path, depth: int, width: int, micro_tokens: int, matrix_lr: fl
         place.mkdir(parents=True)
         run_stage(Short(config), Work(StageFolder(place), {}, seed, Recipe("toy", 0, {}, (), Path("toy.toml"))))
 
-    run(0, ROW_TOKENS, 2)  # what is loaded with the first step is no training's memory
+    run(0, ROW_TOKENS, 1)  # what is loaded with the first step is no training's memory
     before = resident("VmRSS")
-    run(1, micro_tokens, 4)
+    run(1, micro_tokens, 8)
     spec, _ = ModelSpec.from_depth(depth, vocab_size=VOCABULARY, width=width)
     planned = total(training_memory(spec, micro_tokens, matrix_lr=matrix_lr))
     print(json.dumps({"planned": planned, "grown": resident("VmHWM") - before, "before": before}))
@@ -76,7 +76,8 @@ def train(folder: Path, depth: int, width: int, micro_tokens: int, matrix_lr: fl
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
 @pytest.mark.parametrize(
-    ("depth", "width", "micro_tokens", "matrix_lr"), [(4, 128, 2048, 0.03), (6, 192, 2048, 0.03), (4, 128, 4096, 0.0)]
+    ("depth", "width", "micro_tokens", "matrix_lr"),
+    [(4, 128, 2048, 0.03), (6, 192, 2048, 0.03), pytest.param(4, 128, 4096, 0.0, marks=pytest.mark.slow)],
 )
 def test_planned_memory_is_within_fifteen_hundredths_of_what_a_short_training_takes(
     depth: int, width: int, micro_tokens: int, matrix_lr: float, tmp_path: Path
