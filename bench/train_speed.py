@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from demo_speed import BUSY_LIMIT, matmul_gflops
+from demo_speed import BUSY_LIMIT
 
 from lyceum import device
 
@@ -83,7 +83,7 @@ def measure(size: int, who: dict[str, str], rounds: int, seconds: float) -> dict
     speeds: dict[str, list[float]] = {name: [] for name in running}
     gflops = 0.0
     for _ in range(rounds):
-        gflops = max(gflops, matmul_gflops(width, 4 * width, ROWS * ROW_TOKENS))
+        gflops = max(gflops, device.matmul_flops([(width, 4 * width)], ROWS * ROW_TOKENS) / 1e9)
         for name, process in running.items():
             assert process.stdin is not None
             process.stdin.write(f"{seconds}\n")

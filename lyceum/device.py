@@ -173,6 +173,20 @@ def peak_memory_gb() -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # bytes there, kibibytes elsewhere
 
 
+def memory_bytes() -> int:
+    """The memory that processes here may take together, in bytes: the machine's, or the container's where that is less.
+
+    0 where the system does not tell.
+    """
+    found = [int(_memory_gb() * 1e9)]
+    for place in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(place).read_text()))
+        except (OSError, ValueError):  # no such limit; "max" is none either
+            pass
+    return min((size for size in found if size > 0), default=0)
+
+
 def busy_share(seconds: float = 0.5) -> float:
     """The share of all cores, 0 to 1, that somebody else uses while this process sleeps for `seconds`.
 

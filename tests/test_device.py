@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,13 @@ def test_the_limit_of_matrix_products_is_measured_in_little_time_and_draws_no_ra
         left @ right
         best = max(best, 2 * 512 * 64 * 192 / (time.perf_counter() - start))
     assert best / 5 < flops < best * 50  # the other shape may be faster, never slower
+
+
+def test_the_memory_of_a_container_bounds_that_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = device.memory_bytes()
+    assert 0 < whole <= 1e9 * device.facts()["memory_gb"] + 1
+    monkeypatch.setattr(device, "Path", lambda place: tmp_path / Path(place).name)
+    (tmp_path / "memory.max").write_text("123456789\n")
+    assert device.memory_bytes() == 123456789
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.memory_bytes() == int(1e9 * device.facts()["memory_gb"])

@@ -63,6 +63,18 @@ class TokenBatch:
         texts = [tokenizer.decode(self.tokens_BT[row, :n].tolist(), keep_special=True) for row, n in enumerate(lengths)]
         return [{"row": name, "text": text} for name, text in zip(self.names, texts, strict=True)]
 
+    def halves(self) -> list[TokenBatch]:
+        """The first and the second half of the rows, each as wide as its longest; one row stays whole."""
+        middle = len(self.lengths_B) // 2
+        parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
+        widths = [int(self.lengths_B[part].max()) for part in parts]
+        return [
+            TokenBatch(
+                self.tokens_BT[part, :width], self.weights_BT[part, :width], self.lengths_B[part], self.names[part]
+            )
+            for part, width in zip(parts, widths, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Fitted:

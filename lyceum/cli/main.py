@@ -2,6 +2,7 @@
 
     lyceum run demo                     a whole recipe         lyceum chat runs/demo       talk to what it made
     lyceum sft demo --set sft.epochs=4  one stage of it        lyceum sft --help           its settings
+    lyceum plan demo                    what it would take
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
@@ -53,6 +54,13 @@ def make_parser() -> Parser:
     run.add_argument("--from", dest="first", default="", metavar="SECTION", help="begin with this section")
     run.add_argument("--until", dest="last", default="", metavar="SECTION", help="end with this section")
     run.set_defaults(do=_run)
+
+    plan = _verb(
+        verbs, "plan", "say what a recipe would take: weights, memory, time and cost on this and other machines"
+    )
+    _recipe_options(plan)
+    plan.add_argument("--price", type=float, default=0.0, metavar="MONEY", help="of an hour of a GPU; shows the cost")
+    plan.set_defaults(do=_plan, first="", last="")
 
     chat = _verb(verbs, "chat", "talk to a run or a checkpoint in the terminal")
     chat.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run's folder, a section's, or a checkpoint's")
@@ -128,6 +136,15 @@ def _run(args: argparse.Namespace) -> None:
     from lyceum.cli import river
 
     river.run_recipe(args.recipe, overrides=args.overrides, first=args.first, last=args.last, runs_dir=args.runs)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from lyceum import device
+
+    device.prepare("plan")  # before torch is imported
+    from lyceum.cli import plan
+
+    print(plan.plan(args.recipe, overrides=args.overrides, runs_dir=args.runs, price=args.price))
 
 
 def _chat(args: argparse.Namespace) -> None:

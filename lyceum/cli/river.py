@@ -283,6 +283,7 @@ def run_recipe(
         chosen = choose(steps, first, last)
         with Run.open(recipe, runs_dir) if dist.is_main() else Run(path) as run:
             missing_inputs(run, steps, chosen)
+            _check_memory(run, recipe, steps, chosen)
             if dist.is_main():
                 record(run, recipe, steps)
             for step in chosen:
@@ -307,6 +308,14 @@ def missing_inputs(run: Run, steps: Sequence[Step], chosen: Sequence[Step]) -> N
                 raise RunError(
                     f"{step.name} starts from {name}, which {why} in {run.path}", hint=f"run it first: --from {name}"
                 )
+
+
+def _check_memory(run: Run, recipe: Recipe, steps: Sequence[Step], chosen: Sequence[Step]) -> None:
+    """Refuse to begin if what is to be trained cannot fit into this machine's memory."""
+    from lyceum.cli.plan import check_memory, needs  # which is made of this module
+
+    begins = {step.name for step in chosen if not run.is_finished(step.name, step.key)}
+    check_memory([need for need in needs(recipe, steps, run.path) if need.name in begins])
 
 
 def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:

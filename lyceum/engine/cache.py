@@ -97,9 +97,7 @@ class Window:
         self._mask: Tensor | None = None
         if not self._is_fresh and (num_new > 1 or shortest < longest):
             keys_S = torch.arange(self._reach, device=lengths_B.device)
-            self._mask = (keys_S <= self._positions_BT.unsqueeze(-1)).unsqueeze(
-                1
-            )  # (B, 1, T, S), True where a key may be seen
+            self._mask = (keys_S > self._positions_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S), True: not to be seen
 
     def positions(self, num_new: int) -> Tensor:
         """Absolute positions of the new tokens, (B, T)."""
@@ -120,4 +118,7 @@ class Window:
         memory[0][self._rows_B1, :, self._positions_BT] = k_BKTE.transpose(1, 2)
         memory[1][self._rows_B1, :, self._positions_BT] = v_BKTE.transpose(1, 2)
         seen = memory[:, rows, :, : self._reach]
+        if self._mask is not None and self._mask.dtype == torch.bool:
+            # added to the scores: torch makes this of a boolean mask too, but once a layer (a tenth of decoding)
+            self._mask = k_BKTE.new_zeros(self._mask.shape).masked_fill_(self._mask, float("-inf"))
         return seen[0], seen[1], self._mask, False

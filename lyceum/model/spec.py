@@ -201,24 +201,12 @@ class ModelSpec:
         weights = self.num_parameters()["matrices"] + self.vocab_size * self.width
         return 6.0 * weights + 6.0 * self.num_layers * self.num_heads * self.head_width * length
 
-    def training_memory_bytes(self, micro_tokens: int, *, state_per_weight: int = 2) -> int:
-        """Estimate the memory of training in fp32: weights, gradients, optimizer state, activations and logits.
-
-        `micro_tokens` is the number of tokens in one micro-batch; `state_per_weight` the optimizer's numbers for each
-        weight (AdamW 2, Muon 1). An estimate of what tensors take, without the interpreter's own memory (about
-        300 MB with torch on a CPU).
-        """
-        heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
-        per_layer = 6 * self.width + 4 * heads + 4 * kv_heads + 4 * self.ffn_width
-        numbers = self.num_parameters()["total"] * (2 + state_per_weight)
-        numbers += micro_tokens * (self.num_layers * per_layer + 2 * self.vocab_size)
-        return 4 * numbers
-
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The `[model]` table of a recipe; 0 leaves a number to be derived from the depth."""
 
+    preset: str = setting("", "a published shape by its name, such as qwen3-0.6b, in place of the depth")
     depth: int = setting(4, "layers; every other number follows from it", low=1)
     width: int = setting(0, f"width of the hidden states, a multiple of {WIDTH_STEP}; 0 derives it", low=0)
     heads: int = setting(0, "attention heads; 0 derives it", low=0)
@@ -232,8 +220,11 @@ class ModelConfig:
     def derive(self, vocab_size: int) -> tuple[ModelSpec, list[str]]:
         """Return the spec for a vocabulary of `vocab_size` tokens and the notes that explain it.
 
-        Raises ConfigError when a given number does not fit, or a width is not a multiple of 64.
+        Raises ConfigError when a given number does not fit, a width is not a multiple of 64, or beside a preset another
+        number than the context length is given.
         """
+        if self.preset:
+            return self._preset(vocab_size)
         for name in ("width", "ffn_width"):
             if getattr(self, name) % WIDTH_STEP:
                 raise ConfigError(
@@ -252,6 +243,22 @@ class ModelConfig:
         return ModelSpec.from_depth(
             self.depth, vocab_size=vocab_size, tied=self.tied, rope_theta=self.rope_theta, **overrides
         )
+
+    def _preset(self, vocab_size: int) -> tuple[ModelSpec, list[str]]:
+        from lyceum.model.presets import find_shape  # which is made of this module
+
+        beside = {f.name for f in fields(self) if f.name not in ("preset", "context_length")}
+        given = [name for name in sorted(beside) if getattr(self, name) != getattr(ModelConfig, name)]
+        if given:
+            raise ConfigError(
+                f"[model] preset = {self.preset!r} decides the shape, and {given[0]} = {getattr(self, given[0])} is given too",
+                hint=f"leave out {', '.join(given)}, or the preset",
+            )
+        spec = find_shape(self.preset).spec(vocab_size, self.context_length)
+        values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+        return spec, [
+            f"{n}. {name} = {value}: preset {self.preset}" for n, (name, value) in enumerate(values.items(), 1)
+        ]
 
     def spec(self, vocab_size: int) -> ModelSpec:
         """Return the spec for a vocabulary of `vocab_size` tokens (see `derive`)."""

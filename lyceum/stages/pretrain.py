@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,11 @@ from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.errors import ConfigError, DataError, did_you_mean
 from lyceum.log import log
-from lyceum.model.spec import ModelConfig
+from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.tokens.chat import Rendered
 from lyceum.tokens.tokenizer import Tokenizer
+from lyceum.train.dial import turn
 from lyceum.train.loop import run_stage
 from lyceum.train.losses import mean_loss, next_token_loss
 from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
@@ -68,7 +69,7 @@ MANY_EPOCHS = 4.0  # up to here repeated text is worth about as much as new text
 class PretrainConfig(TrainConfig):
     """Settings of pretraining; the model's shape stands in the recipe's [model]."""
 
-    tokens: int = setting(4_000_000, "tokens to train on, over all epochs: the run's length", low=1)
+    tokens: int = setting(4_000_000, "tokens to train on, over all epochs: the run's length; 0 derives it", low=0)
     row_tokens: int = setting(128, "tokens of one row, at most model.context_length", low=2)
     docs_share: float = setting(0.5, "share of the rows that come from the part docs", low=0.0, high=1.0)
     weights: dict[str, float] = setting(
@@ -80,8 +81,18 @@ class PretrainConfig(TrainConfig):
     valid_tokens: int = setting(65_536, "held-out tokens of each part that a validation reads", low=1)
 
     matrix_lr: float = setting(0.03, "peak learning rate of Muon (matrices inside layers); 0 = AdamW at lr", low=0.0)
-    lr: float = setting(0.03, "peak learning rate of AdamW (embeddings, norms)", low=0.0)
+    lr: float = setting(0.03, "peak learning rate of AdamW (embeddings, norms); 0 derives it", low=0.0)
+    weight_decay: float = setting(0.0, "decoupled, of the matrices inside layers; -1 derives it", low=-1.0)
+    batch_tokens: int = setting(2048, "tokens in one optimizer step, over all ranks; 0 derives it", low=0)
     validate_every: int = setting(500, "steps between validations (0 = only at the end)", low=0)
+
+    def derive(self, spec: ModelSpec) -> tuple[PretrainConfig, list[str]]:
+        """The settings with what was left to the dial (`lyceum.train.dial`) filled in, and its notes, if any was."""
+        asked = {name: getattr(self, name) for name in ("tokens", "batch_tokens", "matrix_lr", "lr", "weight_decay")}
+        if self.tokens and self.batch_tokens and self.lr and self.weight_decay >= 0:
+            return self, []
+        dial, notes = turn(spec, **asked)
+        return replace(self, **{name: getattr(dial, name) for name in asked}), notes
 
 
 # ---------------------------------------------------------------- equations
@@ -177,10 +188,11 @@ class Pretrain(Stage[TokenBatch]):
 
     def start(self, work: Work) -> None:
         """Encodes the corpus into shards (once), makes the model, and says what was derived from the recipe."""
-        config = self.config
         self.tokenizer = tokenizer = Tokenizer.load(work.inputs["tokenizer"])
         shape = build(ModelConfig, work.recipe.model, "[model]")
         spec, notes = shape.derive(tokenizer.vocab_size)
+        self.config, derived = self.config.derive(spec)
+        config = self.config
         if config.row_tokens > spec.context_length:
             raise ConfigError(
                 f"pretrain.row_tokens is {config.row_tokens}, the model's context_length {spec.context_length}",
@@ -193,7 +205,7 @@ class Pretrain(Stage[TokenBatch]):
         dist.barrier()
         shards = Shards(folder, tokenizer.fingerprint)
         valid = held_out(read_documents(corpus / "documents-valid.jsonl"), tokenizer, config)
-        for note in notes:
+        for note in [*notes, *derived]:
             log.info(f"  {note}")
         self.begin(Decoder(spec), shards, valid, seed=work.seed)
         counts = spec.num_parameters()
@@ -247,6 +259,10 @@ class Pretrain(Stage[TokenBatch]):
         total, _, metrics = next_token_loss(self.model, micro_batch.tokens_BT, micro_batch.weights_BT)
         num_bytes = float(self.bytes_V[micro_batch.tokens_BT[:, 1:]].sum())
         return {"text": Term(total)}, {**metrics, "bpb": (total.detach() / math.log(2.0), num_bytes)}
+
+    def halves(self, micro_batch: TokenBatch) -> list[TokenBatch]:
+        """Its rows in two."""
+        return micro_batch.halves()
 
     def validate(self) -> dict[str, float]:
         """Bits per byte of each part's held-out text, as bpb_<part>."""

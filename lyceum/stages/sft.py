@@ -205,6 +205,10 @@ class SFT(Stage[TokenBatch]):
         total, _, metrics = next_token_loss(self.model, micro_batch.tokens_BT, micro_batch.weights_BT)
         return {"reply": Term(total)}, metrics
 
+    def halves(self, micro_batch: TokenBatch) -> list[TokenBatch]:
+        """Its rows in two."""
+        return micro_batch.halves()
+
     def validate(self) -> dict[str, float]:
         """Loss per target token and token accuracy on the validation conversations."""
         return mean_loss(self.model, self.valid)

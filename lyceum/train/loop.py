@@ -11,6 +11,8 @@ Guarantees, each with a test in `tests/train/test_loop.py`:
   cutting a step into other micro-batches, or over other ranks, changes rounding only.
 - A run that was killed at any moment and started again has the same losses bit for bit, on the same machine, versions
   and threads.
+- A device that runs out of memory in a pass gets smaller micro-batches, said once: the same step as if they had been
+  smaller from the start.
 - A loss or gradient that is not finite, or a term with nothing to learn from, is a TrainingError before any weight is
   touched; the last saved state stands. So is a loss that has leapt, where the recipe asks for it (`lyceum.train.watch`).
   The rows at fault are then in bad-batch.jsonl.
@@ -28,24 +30,22 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lyceum import dist
 from lyceum.device import matmul_flops, pick_device
-from lyceum.errors import CheckpointError, RunError, TrainingError
+from lyceum.errors import ResourceError, RunError, TrainingError
 from lyceum.log import Metrics, log, progress, show_number, show_time
-from lyceum.run import Work, disk_errors, plain, write_json, write_lines
+from lyceum.run import Work, plain, write_json, write_lines
 from lyceum.train.optim import Learner, schedule
 from lyceum.train.stage import Stage, Step
+from lyceum.train.state import STATE, environment, random_states, read_state, write_state
 from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
 
 # Keys of a metrics line that depend on the clock; everything else is the same in a resumed run.
@@ -91,6 +91,7 @@ class _Loop:
         self.recent: deque[tuple[int, Step[Any]]] = deque(maxlen=SPIKE_STEPS + 1)  # what a spike may have come from
         self.not_finite: list[Any] = []  # the first micro-batch of the step whose loss was not
         self.limit_flops = 0.0  # of the machine, a second, over all ranks; 0 = not measured
+        self.halvings = 0  # how often every micro-batch is cut in two, since the device ran out of memory
 
     # -------------------------------------------------------------------------------- the run
 
@@ -186,6 +187,8 @@ class _Loop:
 
     def _update(self, step: Step[Any], *, is_logged: bool) -> dict[str, float]:
         """One optimizer update; returns the step's metrics over all ranks."""
+        for _ in range(self.halvings):
+            self._halve(step)
         counts = self._counts(step)
         self.stage.before_step(step)
         self.not_finite = []
@@ -235,28 +238,68 @@ class _Loop:
 
     def _backward(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
         """Leaves the gradient of the whole loss, summed over ranks, in every learner's `gradient`."""
-        for learner in self.learners.values():
-            learner.gradient.zero_()
-            learner.accumulate_in(learner.gradient)
-        for micro_batch in step.micro_batches:
-            first, *others = self._losses(micro_batch, counts, sums).values()
-            sum(others, first).backward()
+
+        def attempt(sums: Sums) -> None:
+            for learner in self.learners.values():
+                learner.gradient.zero_()
+                learner.accumulate_in(learner.gradient)
+            for micro_batch in step.micro_batches:
+                first, *others = self._losses(micro_batch, counts, sums).values()
+                sum(others, first).backward()
+
+        self._in_memory(step, sums, attempt)
         dist.sum_tensors(*[learner.gradient for learner in self.learners.values()])
         return {}
 
     def _backward_by_term(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
         """Leaves the same gradient, and returns term -> norm of that term's part of it, over all trained modules."""
         parts = {(t, n): torch.zeros_like(learner.gradient) for t in counts for n, learner in self.learners.items()}
-        for micro_batch in step.micro_batches:
-            losses = self._losses(micro_batch, counts, sums)
-            for number, (term, loss) in enumerate(losses.items(), start=1):
-                for name, learner in self.learners.items():
-                    learner.accumulate_in(parts[term, name])
-                loss.backward(retain_graph=number < len(losses))
+
+        def attempt(sums: Sums) -> None:
+            for part in parts.values():
+                part.zero_()
+            for micro_batch in step.micro_batches:
+                losses = self._losses(micro_batch, counts, sums)
+                for number, (term, loss) in enumerate(losses.items(), start=1):
+                    for name, learner in self.learners.items():
+                        learner.accumulate_in(parts[term, name])
+                    loss.backward(retain_graph=number < len(losses))
+
+        self._in_memory(step, sums, attempt)
         dist.sum_tensors(*parts.values())
         for name, learner in self.learners.items():
             torch.sum(torch.stack([parts[term, name] for term in counts]), 0, out=learner.gradient)
         return {t: math.hypot(*(float(parts[t, name].norm()) for name in self.learners)) for t in counts}
+
+    def _in_memory(self, step: Step[Any], sums: Sums, attempt: Callable[[Sums], None]) -> None:
+        """Goes through this rank's micro-batches; where the device is out of memory, again with all of them halved.
+
+        The counts, and so the gradient, stay those of the whole step. No rank waits for another in here.
+        """
+        while True:
+            found: Sums = {}
+            try:
+                attempt(found)
+            except torch.OutOfMemoryError as error:
+                failed = str(error).splitlines()[0]
+            else:
+                for name, (total, count) in found.items():
+                    _add(sums, name, total, count)
+                return
+            torch.cuda.empty_cache()  # here, where the traceback no longer holds the failed pass
+            before = len(step.micro_batches)
+            self._halve(step)
+            if len(step.micro_batches) == before:
+                raise ResourceError(
+                    f"{self.stage.kind}: the smallest micro-batch does not fit into the device's memory: {failed}",
+                    hint="make the rows or the model smaller; `lyceum plan` says what each part takes",
+                )
+            if not self.halvings:
+                log.warning(f"{self.stage.kind}: out of memory; micro-batches are halved, the steps stay what they are")
+            self.halvings += 1
+
+    def _halve(self, step: Step[Any]) -> None:
+        step.micro_batches = [half for whole in step.micro_batches for half in self.stage.halves(whole)]
 
     def _losses(self, micro_batch: Any, counts: dict[str, float], sums: Sums) -> dict[str, Tensor]:
         """Term -> its differentiable share of the step's loss; totals and metrics are added to `sums`."""
@@ -372,7 +415,7 @@ class _Loop:
             tensors.update({f"{name}/{key}": value for key, value in learner.state_tensors().items()})
         stage_state = self.stage.state_dict()
         tensors.update({f"stage/{key}": value for key, value in stage_state.items() if isinstance(value, Tensor)})
-        tensors["random"] = _random_states()
+        tensors["random"] = random_states()
         header = {
             "step": self.done,
             "tokens": self.tokens,
@@ -380,12 +423,13 @@ class _Loop:
             "final": self.final,
             "stop": self.stage.stop,
             "spike": self.spike.state,
+            "halvings": self.halvings,
             "stage": {key: value for key, value in stage_state.items() if not isinstance(value, Tensor)},
             "settings": self._settings(),
-            "environment": _environment(),
+            "environment": environment(),
         }
         if dist.is_main():
-            _write_state(self.work, tensors, header)
+            write_state(self.work.folder.trainer / STATE, tensors, header)
         self.saved_at = self.done
         dist.barrier()
 
@@ -396,48 +440,29 @@ class _Loop:
 
     def _restore(self) -> None:
         """Goes on from the saved trainer state, if there is one."""
-        path = self.work.folder.trainer / "state.safetensors"
+        path = self.work.folder.trainer / STATE
         if not path.exists():
             return
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["lyceum"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            hint = "remove this file to train from the start"
-            raise CheckpointError(f"{path} cannot be read: {error}", hint=hint) from error
+        tensors, header = read_state(path)
         if header["settings"] != self._settings():
             changed = [k for k, v in self._settings().items() if header["settings"].get(k, v) != v]
             raise RunError(
                 f"{path} was made with other settings ({', '.join(changed)})",
                 hint="give them back their old values, or move the folder away to train from the start",
             )
-        for key, now in _environment().items():
+        for key, now in environment().items():
             if header["environment"].get(key) != now:
                 change = f"{key} {now} instead of {header['environment'].get(key)}"
                 log.warning(f"{self.stage.kind} goes on with {change}: losses may differ in their last digits")
         for name, learner in self.learners.items():
             learner.load_state_tensors(_below(f"{name}/", tensors))
         self.stage.load_state_dict({**header["stage"], **_below("stage/", tensors)})
-        self.stage.stop = header["stop"]
+        self.stage.stop, self.halvings = header["stop"], header.get("halvings", 0)
         self.spike.state.update(header.get("spike", {}))  # an older state has none
         self.done = self.saved_at = header["step"]
         self.tokens, self.seconds, self.final = header["tokens"], header["seconds"], header["final"]
         torch.set_rng_state(tensors["random"][dist.rank() % len(tensors["random"])].clone())
         log.info(f"{self.stage.kind}: going on after step {self.done} of {self.stage.num_steps}")
-
-
-def _write_state(work: Work, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    path = work.folder.trainer / "state.safetensors"
-    partial = path.with_name(path.name + ".partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # clone: fused optimizers and tied views may share storage, which the format does not allow
-        held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(held, partial, metadata={"lyceum": json.dumps(header)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 def _shorten(text: Any, most: int = 60) -> str:
@@ -448,20 +473,6 @@ def _shorten(text: Any, most: int = 60) -> str:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _environment() -> dict[str, Any]:
-    """What the last bits of a sum depend on."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "ranks": dist.world_size()}
-
-
-def _random_states() -> Tensor:
-    """Every rank's state of torch's generator, one a row, on every rank."""
-    own = torch.get_rng_state()
-    rows = torch.zeros(dist.world_size(), len(own), dtype=torch.int32)
-    rows[dist.rank()] = own.to(torch.int32)
-    dist.sum_tensors(rows)
-    return rows.to(torch.uint8)
 
 
 def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:

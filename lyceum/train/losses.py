@@ -32,6 +32,11 @@ _CHUNK_LOGITS = 1 << 19
 _MIN_CHUNK_ROWS = 128
 
 
+def chunk_rows(num_rows: int, vocab_size: int) -> int:
+    """Rows of logits that exist at once, of `num_rows`."""
+    return min(max(num_rows, 1), max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // vocab_size))
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """(hidden_ND, head_VD, targets_N, weights_N) -> (sum of weight * -log p(target), number of argmax hits)."""
 
@@ -41,14 +46,14 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         num_rows, vocab_size = len(hidden_ND), len(head_VD)
-        chunk_rows = min(max(num_rows, 1), max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // vocab_size))
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_head_VD = torch.zeros_like(head_VD) if needs_head else None
         total = torch.zeros((), dtype=hidden_ND.dtype, device=hidden_ND.device)
         hits = torch.zeros((), dtype=torch.long, device=hidden_ND.device)
-        buffer = hidden_ND.new_empty(chunk_rows, vocab_size)
-        for start in range(0, num_rows, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, num_rows))
+        size = chunk_rows(num_rows, vocab_size)
+        buffer = hidden_ND.new_empty(size, vocab_size)
+        for start in range(0, num_rows, size):
+            rows = slice(start, min(start + size, num_rows))
             targets_C1, weights_C1 = targets_N[rows, None], weights_N[rows, None]
             logp_CV = torch.mm(hidden_ND[rows], head_VD.t(), out=buffer[: len(targets_C1)])
             torch.log_softmax(logp_CV, 1, out=logp_CV)

@@ -198,6 +198,10 @@ class Stage(ABC, Generic[MicroBatch]):
         A term whose gradient is not that of its value (GradCache) gives `surrogate + (value - surrogate).detach()`.
         """
 
+    def halves(self, micro_batch: MicroBatch) -> list[MicroBatch]:
+        """The micro-batch in two, for a device that is out of memory; one that cannot be cut is returned as it is."""
+        return [micro_batch]
+
     def before_step(self, step: Step[MicroBatch]) -> None:
         """A pass over the whole step before its first backward (GradCache: representations, with saved RNG states)."""
         return None

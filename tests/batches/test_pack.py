@@ -131,3 +131,12 @@ def test_epoch_of_conversations_has_every_target_once(chat: ChatFormat) -> None:
         total += batch.num_targets
     assert ends == 200
     assert total == sum(sum(chat.render(talk).weights) for talk in talks)
+
+
+def test_halves_hold_the_rows_as_they_are_with_only_the_padding_they_need() -> None:
+    rows = [Rendered([5, 6, 7, 8], [0.0, 1.0, 1.0, 0.5]), Rendered([5, 9], [0.0, 1.0]), Rendered([5], [0.0])]
+    batch = collate(rows, 0)
+    first, second = batch.halves()
+    assert first.tokens_BT.tolist() == [[5, 6, 7, 8]] and first.weights_BT.tolist() == [[0.0, 1.0, 1.0, 0.5]]
+    assert second.tokens_BT.tolist() == [[5, 9], [5, 0]] and second.lengths_B.tolist() == [2, 1]
+    assert [half.tokens_BT.tolist() for half in first.halves()] == [first.tokens_BT.tolist()]

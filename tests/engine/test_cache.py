@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def test_a_step_sees_each_row_to_its_own_length_and_padding_is_overwritten() -> 
     assert window.positions(1).tolist() == [[3], [2]]
     seen, mask, is_causal = append(window, [6], [7])
     assert seen[0] == [1, 2, 3, 6] and seen[1][:3] == [4, 5, 7] and not is_causal
-    assert mask is not None and mask[:, 0, 0].tolist() == [[True] * 4, [True, True, True, False]]
+    assert mask is not None and mask[:, 0, 0].tolist() == [[0.0] * 4, [0.0, 0.0, 0.0, -math.inf]]
 
 
 def test_rows_of_one_length_need_no_mask() -> None:
@@ -50,7 +52,7 @@ def test_a_prompt_may_be_read_in_two_parts() -> None:
     cache.advance(0, torch.tensor([2]))
     seen, mask, _ = append(cache.window(0, 1, 2), [3, 4])
     assert seen == [[1, 2, 3, 4]]
-    assert mask is not None and mask[0, 0].tolist() == [[True, True, True, False], [True] * 4]
+    assert mask is not None and mask[0, 0].tolist() == [[0.0, 0.0, 0.0, -math.inf], [0.0] * 4]
 
 
 def test_reach_ends_with_the_longest_row_in_the_window() -> None:

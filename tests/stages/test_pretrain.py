@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -387,24 +386,44 @@ def test_a_batch_whose_loss_is_not_a_number_is_shown_by_its_rows(
 def test_noise_in_the_text_is_a_spike_that_names_its_rows(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(SMALL, tokens=68 * 128, batch_tokens=128, save_every=20, validate_every=0)
+    config = replace(SMALL, tokens=68 * 128, batch_tokens=128, save_every=20, validate_every=0)
     real = pretrain.token_batch
 
     def poisoned(shards: Any, stream: Any, start: int, count: int, infill: Any = None) -> Any:
         batch = real(shards, stream, start, count, infill)
         noise = torch.randint(20, 300, batch.tokens_BT.shape, generator=torch.Generator().manual_seed(start))
-        return dataclasses.replace(batch, tokens_BT=noise) if start >= 61 * 4 else batch
+        return replace(batch, tokens_BT=noise) if start >= 61 * 4 else batch
 
     clean, noisy = (work_in(tmp_path / name, inputs) for name in ("clean", "noisy"))
-    recipe = dataclasses.replace(clean.recipe, watch={"spike": 5.0})
-    run(config, dataclasses.replace(clean, recipe=recipe))  # the control: without the noise it does not stop
+    recipe = replace(clean.recipe, watch={"spike": 5.0})
+    run(config, replace(clean, recipe=recipe))  # the control: without the noise it does not stop
     monkeypatch.setattr(pretrain, "token_batch", poisoned)
     with pytest.raises(TrainingError, match=r"leapt at step 62 .*at step 64.*after step 60 stands"):
-        run(config, dataclasses.replace(noisy, recipe=recipe))
+        run(config, replace(noisy, recipe=recipe))
     shown = [row for row in read_metrics(tmp_path / "noisy" / "bad-batch.jsonl") if row["step"] == 62]
     expected = rows_of(started(tmp_path / "seen", inputs, config), 61 * 4, 4)
     assert [row["row"] for row in shown] == [row["row"] for row in expected]
     assert all(row["text"] != real["text"] for row, real in zip(shown, expected, strict=True))  # what was learned from
+
+
+def test_a_device_out_of_memory_trains_on_with_smaller_micro_batches(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SMALL, tokens=6 * 256, log_every=1, validate_every=0)
+    run(replace(config, micro_tokens=64), work_in(tmp_path / "small", inputs))
+    whole, passes = Pretrain.loss, []
+
+    def cramped(self: Pretrain, micro_batch: Any) -> Any:
+        passes.append(len(micro_batch.tokens_BT))
+        if len(passes) == 6 or (len(passes) > 6 and passes[-1] > 2):  # in the middle of the third step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, micro_batch)
+
+    monkeypatch.setattr(Pretrain, "loss", cramped)
+    run(config, work_in(tmp_path / "cramped", inputs))
+    assert passes == [4] * 6 + [2] * 16 and capsys.readouterr().err.count("micro-batches are halved") == 1
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("cramped", "small")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
 
 
 # -------------------------------------------------------------------------------- refusals

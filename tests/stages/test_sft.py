@@ -259,6 +259,25 @@ def test_a_run_starts_from_a_folder_of_another_family(
     assert saved.spec == spec and saved.info["parent"] == "models/tiny-qwen2"
 
 
+def test_a_device_out_of_memory_trains_on_with_smaller_micro_batches(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(dataclasses.replace(SMALL, epochs=1.0), work_in(tmp_path / "roomy", inputs))
+    whole, widest = SFT.loss, []
+
+    def cramped(self: SFT, micro_batch: TokenBatch) -> Any:
+        widest.append(micro_batch.tokens_BT.numel())
+        if widest[-1] > 64 and len(micro_batch.lengths_B) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, micro_batch)
+
+    monkeypatch.setattr(SFT, "loss", cramped)
+    run(dataclasses.replace(SMALL, epochs=1.0), work_in(tmp_path / "cramped", inputs))
+    assert max(widest) > 64 and capsys.readouterr().err.count("micro-batches are halved") == 1
+    losses = [[x["loss"] for x in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("cramped", "roomy")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) > 2
+
+
 def test_too_long_conversations_are_counted_and_nothing_left_is_an_error(
     chat: ChatFormat, inputs: dict[str, Path], tmp_path: Path
 ) -> None:

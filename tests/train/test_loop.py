@@ -28,7 +28,7 @@ from lyceum.config import Recipe
 from lyceum.errors import CheckpointError, ResourceError, RunError, TrainingError
 from lyceum.log import read_metrics
 from lyceum.run import StageFolder, Work
-from lyceum.train import loop
+from lyceum.train import loop, state
 from lyceum.train.loop import run_stage
 from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
 
@@ -180,6 +180,44 @@ def test_loss_and_gradient_norms_by_hand(tmp_path: Path) -> None:
     assert u.item() == pytest.approx(-0.1) and v.item() == pytest.approx(-0.1)  # AdamW's first step is lr * sign
 
 
+class Cramped(Scalar):
+    """Runs out of memory where a micro-batch holds more than two numbers, after it has done a part of the work."""
+
+    def halves(self, micro_batch: Any) -> list[Any]:
+        (x, y) = micro_batch
+        cut = [(x[:1], []), (x[1:], y)] if len(x) > 1 else [(x, y[: len(y) // 2]), ([], y[len(y) // 2 :])]
+        return cut if len(x) + len(y) > 1 else [micro_batch]
+
+    def loss(self, micro_batch: Any) -> tuple[dict[str, Term], Metrics]:
+        if len(micro_batch[0]) + len(micro_batch[1]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return super().loss(micro_batch)
+
+
+def test_a_device_out_of_memory_gets_halves_and_the_same_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The same numbers as by hand above; the second micro-batch is too large, and so is a half of it.
+    micro_batches = [([1.0], [4.0]), ([2.0, 3.0], [3.0, 1.0, 1.0, 1.0])]
+    stage = Cramped(TrainConfig(lr=1.0, eps=1e6, clip_norm=0.0, warmup=0.0, decay=0.0), micro_batches)
+    run_stage(stage, work_in(tmp_path))
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["grad_norm/a"] == pytest.approx(2.0) and line["grad_norm/b"] == pytest.approx(math.sqrt(2.0))
+    u, v = stage.trained["net"].module.values()  # type: ignore[operator]
+    assert -1e6 * u.item() == pytest.approx(3.0, rel=1e-4) and -1e6 * v.item() == pytest.approx(1.0, rel=1e-4)
+    assert capsys.readouterr().err.count("out of memory; micro-batches are halved") == 1
+
+
+def test_what_cannot_be_halved_is_told(tmp_path: Path) -> None:
+    class Hopeless(Cramped):
+        def halves(self, micro_batch: Any) -> list[Any]:
+            return [micro_batch]
+
+    with pytest.raises(ResourceError, match=r"smallest micro-batch .* Tried to allocate 2 GiB\.\nhint") as caught:
+        run_stage(Hopeless(TrainConfig(), [([1.0], [4.0, 1.0])]), work_in(tmp_path))
+    assert "lyceum plan" in caught.value.hint
+
+
 def test_clipping_scales_the_whole_modules_gradient(tmp_path: Path) -> None:
     # With eps far above the gradient AdamW's step is lr * g / eps: it shows the gradient that the optimizer saw.
     config = TrainConfig(lr=1.0, eps=1e6, clip_norm=1.0, warmup=0.0, decay=0.0)
@@ -320,7 +358,7 @@ def test_a_full_disk_while_saving_leaves_the_older_state(tmp_path: Path, monkeyp
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.os, "fsync", full)
+    monkeypatch.setattr(state.os, "fsync", full)
     with pytest.raises(ResourceError, match="disk is full"):
         run_stage(Noisy(), work_in(tmp_path))
     assert (tmp_path / "trainer" / "state.safetensors").read_bytes() == before

@@ -1,0 +1,124 @@
+"""How much memory training takes, part by part, before anything is allocated: for `lyceum plan`, and to refuse in time.
+
+The parts are counted from the code that allocates them (fp32, 4 bytes a number):
+
+    weights       the trained module's, and those of every frozen model beside it
+    gradients     one flat gradient a module; where a loss has several terms, one more for each of them, since a logging
+                  step keeps their gradients apart
+    optimizer     AdamW two numbers a weight, Muon one; a running average one more; and what Muon's widest group of
+                  equal matrices needs while it is orthogonalised
+    activations   what autograd keeps of a micro-batch, and one layer's temporaries on the way back
+    logits        chunks of them (`lyceum.train.losses`), or all that a policy's tokens need, and the head's gradient
+    cache         the sampler's keys and values
+
+SLACK and MUON_COPIES are measured: the growth of the resident memory over what the tensors take, in short trainings of
+eight shapes from 1 to 27 million weights on a CPU, glibc keeping what is freed (`tests/train/test_memory.py` holds the
+demo's two shapes to 15 %; at width 512 with Muon the estimate was a fifth too low). On a GPU the slack was not measured.
+
+What it is not: the interpreter's own memory, BASE_BYTES with torch; what earlier sections of the same process left
+behind; token shards, which are mapped and given back under pressure; or saving, whose copy of weights
+and optimizer takes the place of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lyceum.model.spec import ModelSpec
+from lyceum.train.losses import chunk_rows
+
+BASE_BYTES = 340_000_000  # resident before training: Python, torch, our modules
+SLACK = 1.15  # what a heap holds over what is in it
+MUON_COPIES = 6  # of the widest group of equal matrices
+CHOSEN_CHUNK = 4096  # positions whose logits a policy loss holds at once: `policy.chosen_logprobs`
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
+
+Memory = dict[str, int]  # part -> bytes
+
+
+def total(memory: Mapping[str, int]) -> int:
+    """The sum over the parts."""
+    return sum(memory.values())
+
+
+def added(*memories: Mapping[str, int]) -> Memory:
+    """Part by part."""
+    return {part: sum(memory.get(part, 0) for memory in memories) for part in PARTS}
+
+
+def training_memory(
+    spec: ModelSpec,
+    micro_tokens: int,
+    *,
+    matrix_lr: float = 0.03,
+    ema: float = 0.0,
+    num_terms: int = 1,
+    loss: str = "text",
+    number_bytes: int = 4,
+) -> Memory:
+    """The bytes that one trained module takes at its peak.
+
+    Args:
+        micro_tokens: tokens of one micro-batch, pads included.
+        matrix_lr: Muon's for the matrices; 0 = AdamW has them.
+        ema: decay of the running average; 0 = none.
+        num_terms: terms of the stage's loss.
+        loss: "text" is next-token loss over chunks, "chosen" a policy's log-probabilities, "score" no vocabulary.
+        number_bytes: of an activation, 2 in bf16; weights and optimizer stay at 4.
+    """
+    counts = spec.num_parameters()
+    num_weights, in_muon = counts["total"], counts["matrices"] if matrix_lr else 0
+    optimizer = in_muon + 2 * (num_weights - in_muon) + (num_weights if ema else 0)
+    if matrix_lr:
+        heads = spec.num_layers * spec.width * spec.num_heads * spec.head_width
+        same = 4 if spec.num_kv_heads == spec.num_heads and spec.num_heads * spec.head_width == spec.width else 2
+        optimizer += MUON_COPIES * max(2 * spec.num_layers * spec.width * spec.ffn_width, same * heads)
+    head = spec.vocab_size * spec.width
+    logits = {
+        "text": chunk_rows(micro_tokens, spec.vocab_size) * spec.vocab_size + 2 * head + 2 * micro_tokens * spec.width,
+        "chosen": 4 * min(micro_tokens, CHOSEN_CHUNK) * spec.vocab_size + head,
+        "score": 0,
+    }[loss]
+    gradients = num_weights * (1 + (num_terms if num_terms > 1 else 0))
+    return {
+        "weights": 4 * num_weights,
+        "gradients": 4 * gradients,
+        "optimizer": 4 * optimizer,
+        "activations": round(SLACK * number_bytes * micro_tokens * (kept_per_token(spec) + _passing_per_token(spec))),
+        "logits": number_bytes * logits,
+        "cache": 0,
+    }
+
+
+def frozen_memory(spec: ModelSpec) -> Memory:
+    """The bytes of a model that is only run."""
+    return {"weights": 4 * spec.num_parameters()["total"]}
+
+
+def cache_memory(spec: ModelSpec, num_rows: int, num_tokens: int) -> Memory:
+    """The bytes of the sampler's keys and values: rows of `num_tokens`, which grow by doubling from 32."""
+    reach = 32
+    while reach < num_tokens:
+        reach *= 2
+    numbers = 2 * spec.num_layers * num_rows * spec.num_kv_heads * spec.head_width * reach
+    return {"cache": round(4 * numbers * SLACK)}
+
+
+def kept_per_token(spec: ModelSpec) -> int:
+    """Numbers that autograd keeps of one token: in each layer two norms' outputs, each twice, and the feed-forward's
+    gate, up, their activation and product (GELU: up and its activation); queries and keys normed and turned, values, and
+    what attention gives."""
+    heads, kv_heads = spec.num_heads * spec.head_width, spec.num_kv_heads * spec.head_width
+    normed = 1 if spec.qk_norm else 0
+    layer = (
+        4 * spec.width
+        + (2 + normed) * heads
+        + (2 + normed) * kv_heads
+        + (4 if spec.ffn == "swiglu" else 2) * spec.ffn_width
+    )
+    return spec.num_layers * layer + 3 * spec.width
+
+
+def _passing_per_token(spec: ModelSpec) -> int:
+    """Numbers of one token that live while one layer is gone back through."""
+    return 4 * spec.ffn_width + 4 * spec.width
