@@ -16,13 +16,14 @@ The second form trains on WikiText-2 and on the sources of Python's standard lib
 minutes, and draws held-out bits per byte over time.
 
 Seconds run from the start of the process, imports, vocabulary and encoding included, to the last update; only
-validation and what is written to disk are left out, on both sides (for nanoGPT: what an iteration that evaluates takes
-beyond the median iteration; preparing its data is not counted at all). Ours is the Pretrain stage in the one loop,
+validation and saving the model are left out, on both sides (for nanoGPT: what an iteration that evaluates takes beyond
+the median iteration; preparing its data is not counted at all). Ours is the Pretrain stage in the one loop,
 with the default architecture; each run is a process of its own. Schedules have the length of their run: a line that asks
 for minutes is given the tokens that fit, by the speed of a short run before it. Beside busy processes it refuses to
 measure. `--share 0.01` tries it out on a hundredth of every budget. Prints tables for people and, last, one JSON object.
 
-What it is not: a search. The lines' settings were found by loss after equal numbers of tokens, on this text.
+What it is not: a search. The lines' settings were found by loss after equal numbers of tokens, on this text and its last
+tenth (dev/LOG.md).
 """
 
 from __future__ import annotations
