@@ -7,6 +7,7 @@ names; they print what they measured (`pytest -m llamacpp -s`).
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 
 from lyceum.cli import main
 from lyceum.corpus.records import Conversation, Message
-from lyceum.errors import CheckpointError, LyceumError, UsageError
+from lyceum.errors import CheckpointError, LyceumError, ResourceError, UsageError
 from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.gguf import export_gguf
 from lyceum.model.heads import ScoreModel
@@ -298,6 +299,19 @@ def test_numbers_that_a_type_cannot_hold_are_an_error_and_leave_no_file(
         export_gguf(tmp_path / "c", tmp_path / "model.gguf", file_type)
     assert (tmp_path / "model.gguf").read_text() == "an older file"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "model.gguf"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_file(folder, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = folder()
+    (source / "model.gguf").write_text("an older file")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(ResourceError, match=r"the disk is full: could not write .*model\.gguf\n"):
+        export_gguf(source, source / "model.gguf")
+    assert (source / "model.gguf").read_text() == "an older file"
+    assert [path.name for path in source.glob("model.gguf*")] == ["model.gguf"]
 
 
 def test_a_missing_package_an_unknown_type_and_a_folder_as_file_are_told(folder, monkeypatch):
