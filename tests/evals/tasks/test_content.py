@@ -223,8 +223,8 @@ def total(items: list[Any], split: str) -> int:
 def test_there_is_as_much_as_the_lesson_needs() -> None:
     assert len(INTENTS) >= 170 and all(len(i.train) in (6, 14) and len(i.dev) == len(i.held_out) == 2 for i in INTENTS)
     assert len(SMALL_TALK) >= 25 and all(len(t.train) == 13 and len(t.dev) >= 3 for t in SMALL_TALK)
-    assert total(REFUSALS, "train") >= 1300
-    assert len(ALARMING) >= 40 and all(26 <= len(item.train) <= 30 for item in ALARMING)
+    assert total(REFUSALS, "train") >= 3900
+    assert len(ALARMING) >= 40 and all(50 <= len(item.train) <= 60 for item in ALARMING)
     assert total(MISSES, "train") >= 650
     for split in EXAMS:
         assert total(REFUSALS, split) >= 130 and total(MISSES, split) >= 110 and total(ALARMING, split) >= 130
@@ -240,8 +240,8 @@ def test_everything_is_short_and_plain() -> None:
         code = getattr(item, "code", "")
         assert len(code) <= 60 and code.isascii() and "\n" not in code, item.id
     for text, _, where in phrasings():
-        assert text.isascii() and text == text.strip() and 2 <= len(text) <= 70, (where, text)
-        assert len(text.split()) <= 14, (where, text)
+        assert text.isascii() and text == text.strip() and 2 <= len(text) <= 100, (where, text)
+        assert len(text.split()) <= 18, (where, text)
 
 
 def test_no_two_intents_have_one_line() -> None:
