@@ -12,7 +12,7 @@ This is not a launcher, and it shards nothing: sums, a barrier, and who speaks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -179,3 +179,10 @@ def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     sum_tensors(values)
     summed = dict(zip(names, values.tolist(), strict=True))
     return {name: summed[name] for name in numbers}
+
+
+def sum_pairs(pairs: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Add up totals and counts over all ranks, which may know different names; sorted by name."""
+    names = sorted(set(gather(sorted(pairs))))
+    both = sum_numbers({f"{i}{name}": pairs.get(name, (0.0, 0.0))[i] for name in names for i in (0, 1)})
+    return {name: (both[f"0{name}"], both[f"1{name}"]) for name in names}

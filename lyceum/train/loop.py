@@ -20,8 +20,8 @@ Guarantees, each with a test in `tests/train/test_loop.py`:
 The trainer state is one safetensors file, replaced atomically: weights, optimizer, running average, torch's random
 numbers, and as JSON in its header the step, the totals so far and `stage.state_dict()`.
 
-What it is not: a home for algorithms (no `if` here knows a stage), nor for sharded models. The random state of a GPU is
-not saved, because nothing that trains here draws from it.
+What it is not: a home for algorithms (no `if` here knows a stage). How a model is cut over ranks is the affair of
+`lyceum.train.parallel`. The random state of a GPU is not saved, because nothing that trains here draws from it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 from lyceum import dist
 from lyceum.device import matmul_flops, pick_device
 from lyceum.errors import ResourceError, RunError, TrainingError
-from lyceum.log import Metrics, log, progress, show_number, show_time
+from lyceum.log import Metrics, log, progress, shorten, show_number, show_time
 from lyceum.run import Work, plain, write_json, write_lines
 from lyceum.train.optim import Learner, schedule
 from lyceum.train.parallel import Parallel, ranks_together
@@ -204,7 +204,7 @@ class _Loop:
             norms = self._backward_by_term(step, counts, sums)
         else:
             norms = self._backward(step, counts, sums)
-        values = {name: total / count for name, (total, count) in _sum_pairs(sums).items() if count}
+        values = {name: total / count for name, (total, count) in dist.sum_pairs(sums).items() if count}
         module_norms = {name: learner.norm(learner.gradient) for name, learner in self.learners.items()}
         self._check_finite(step, values, module_norms)
         self._check_spike(values["loss"])
@@ -229,7 +229,7 @@ class _Loop:
         for micro_batch in step.micro_batches:
             for term, count in self.stage.counts(micro_batch).items():
                 _add(sums, term, count, 0.0)
-        counts = {term: total for term, (total, _) in _sum_pairs(sums).items()}
+        counts = {term: total for term, (total, _) in dist.sum_pairs(sums).items()}
         empty = [term for term, count in counts.items() if not count > 0]
         if empty or not counts:
             what = f"has nothing to learn from for {', '.join(empty)}" if empty else "is empty"
@@ -403,7 +403,7 @@ class _Loop:
         for row in rows:
             self.samples.write(self.done, row)
         said = [", ".join(f"{name} {show_number(value)}" for name, value in numbers.items())]
-        said += [f"{_shorten(row.get('prompt'))} -> {_shorten(row.get('reply'))}" for row in rows[:1]]
+        said += [f"{shorten(row.get('prompt'))} -> {shorten(row.get('reply'))}" for row in rows[:1]]
         if any(said):
             log.info(f"  step {self.done:,}: {' | '.join(filter(None, said))}")
         return {f"valid/{name}": float(value) for name, value in numbers.items()}
@@ -485,12 +485,6 @@ class _Loop:
         log.info(f"{self.stage.kind}: going on after step {self.done} of {self.stage.num_steps}")
 
 
-def _shorten(text: Any, most: int = 60) -> str:
-    """A text as one short piece of a line."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -499,10 +493,3 @@ def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:
     pair = sums.setdefault(name, [0.0, 0.0])
     pair[0] += float(total.detach()) if isinstance(total, Tensor) else float(total)
     pair[1] += float(count)
-
-
-def _sum_pairs(sums: Sums) -> dict[str, tuple[float, float]]:
-    """Adds totals and counts over ranks, which may know different names; sorted by name."""
-    names = set(dist.gather(sorted(sums)))
-    both = dist.sum_numbers({f"{i}{name}": sums.get(name, (0.0, 0.0))[i] for name in sorted(names) for i in (0, 1)})
-    return {name: (both[f"0{name}"], both[f"1{name}"]) for name in sorted(names)}

@@ -24,7 +24,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lyceum import dist
 from lyceum.train.parallel import PER_HEAD, copies, for_main, like, local, own, whole
@@ -219,7 +218,7 @@ class Learner:
     def swap(self) -> None:
         """Exchanges the weights and their running average, if there is one."""
         if self.is_sharded:
-            cast(FSDPModule, self.module).reshard()  # what a pass has gathered is of the weights before
+            cast(Any, self.module).reshard()  # what a pass has gathered is of the weights before
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average, strict=False):
                 kept = parameter.detach().clone()

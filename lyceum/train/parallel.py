@@ -24,13 +24,10 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from lyceum import dist
@@ -39,6 +36,8 @@ from lyceum.errors import ConfigError, RunError
 from lyceum.model.transformer import DecoderLayer
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from lyceum.run import Work
     from lyceum.train.stage import Stage
 
@@ -112,6 +111,10 @@ class Parallel:
         if self.config.tensor > 1:
             for layer in layers:
                 _cut(layer, self.config.tensor, self.mesh["tensor"])
+        from torch.distributed.fsdp import (
+            fully_shard,
+        )  # here, as all of it: a second of importing that one rank need not wait
+
         for part in (*layers, module):
             sharded = fully_shard(part, mesh=self.mesh["data"])
             sharded.set_gradient_divide_factor(1.0)  # the loop divides by the counts of all ranks: this is a sum
@@ -157,6 +160,8 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _cut(layer: DecoderLayer, tensor: int, mesh: Any) -> None:
     """Tensor parallel; a head must stand whole on a rank."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
     parts = {name: part for name, part in layer.named_modules() if name in (*CUT_OUT, *CUT_IN)}
     for name, part in parts.items():
         if type(part) is not nn.Linear:
@@ -178,9 +183,14 @@ def _cut(layer: DecoderLayer, tensor: int, mesh: Any) -> None:
 # -------------------------------------------------------------------------------- pieces and wholes
 
 
+def is_piece(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this rank holds a piece of `tensor`: a DTensor, known by its mesh, since its class is slow to import."""
+    return hasattr(tensor, "device_mesh")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece, sharing its memory; of a plain tensor, itself."""
-    if not isinstance(tensor, DTensor):
+    if not is_piece(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local().requires_grad_(tensor.requires_grad)
@@ -188,21 +198,21 @@ def local(tensor: Tensor) -> Tensor:
 
 def like(piece: Tensor, tensor: Tensor) -> Tensor:
     """A piece of this rank as a tensor laid out as `tensor` is, sharing its memory."""
-    if not isinstance(tensor, DTensor):
+    if not is_piece(tensor):
         return piece
     mesh, placements = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(piece, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+    return cast(Any, type(tensor.data)).from_local(piece, mesh, placements, shape=tensor.shape, stride=tensor.stride())
 
 
 def whole(piece: Tensor, tensor: Tensor) -> Tensor:
     """All ranks' pieces of what is laid out as `tensor` is, put together on every rank; every rank must call it."""
     laid_out = like(piece, tensor)
-    return laid_out.full_tensor() if isinstance(laid_out, DTensor) else piece
+    return laid_out.full_tensor() if is_piece(laid_out) else piece
 
 
 def own(full: Tensor, tensor: Tensor) -> Tensor:
     """This rank's piece of `full`, which is the same on every rank."""
-    if not isinstance(tensor, DTensor):
+    if not is_piece(tensor):
         return full
     # the row cut first, then over the rows: fully_shard came after the tensor cut
     for dim in reversed(range(tensor.device_mesh.ndim)):
@@ -222,7 +232,7 @@ def for_main(piece: Tensor, tensor: Tensor) -> Tensor:
 
 def copies(tensor: Tensor, row: int) -> int:
     """How many ranks of a grid with rows of `row` hold the same piece of `tensor`."""
-    is_cut = isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 2 and not tensor.placements[-1].is_replicate()
+    is_cut = is_piece(tensor) and tensor.device_mesh.ndim == 2 and not tensor.placements[-1].is_replicate()
     return 1 if is_cut else row
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ import torch
 from safetensors.torch import load_file
 
 import lyceum
+from lyceum import dist
 from lyceum.batches.shards import Shards, write_shards
 from lyceum.config import Recipe
 from lyceum.corpus.records import Conversation, Document, Message
 from lyceum.errors import ConfigError
 from lyceum.log import read_metrics
+from lyceum.model import layers
+from lyceum.model.lora import adapt
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
@@ -36,7 +39,8 @@ from lyceum.stages.sft import SFT, SFTConfig
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import loop
-from lyceum.train.stage import Step
+from lyceum.train.parallel import Parallel, local, own, parallel_config
+from lyceum.train.stage import Step, Trained
 
 TEXTS = [f"{n} and {n * 7 % 10} are {'near' if n % 3 else 'far'}." for n in range(300)]
 SHARED: dict[str, Any] = {"log_every": 1, "weight_decay": 0.1, "ema": 0.5, "clip_norm": 0.3}
@@ -59,19 +63,22 @@ def decoder(double: bool, vocab_size: int) -> Decoder:
     return Decoder(spec).to(torch.float64 if double else torch.float32)
 
 
-class Steady:
-    """What the tests need of a stage: it may die before a step, and it tells which rows each step read."""
+class Mortal:
+    """A stage whose last rank dies, or falls silent, before a step."""
 
     die_at: int | None = None
+    silent = False
 
     def steps(self, first: int) -> Iterator[Step[Any]]:
         for number, step in enumerate(super().steps(first), first):  # type: ignore[misc]
-            if number == self.die_at and os.environ.get("RANK") == "1":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if number == self.die_at and dist.world_size() == 1:
+                raise KeyboardInterrupt
+            if number == self.die_at and dist.rank() == 1:
+                os.kill(os.getpid(), signal.SIGSTOP if self.silent else signal.SIGKILL)
             yield step
 
 
-class Text(Steady, Pretrain):
+class Text(Mortal, Pretrain):
     double = True
 
     def start(self, work: Work) -> None:
@@ -82,7 +89,7 @@ class Text(Steady, Pretrain):
         self.begin(decoder(self.double, 267), Shards(shards, tokenizer.fingerprint), valid, seed=work.seed)
 
 
-class Replies(Steady, SFT):
+class Replies(Mortal, SFT):
     double = True
 
     def start(self, work: Work) -> None:
@@ -98,14 +105,16 @@ STAGES: dict[str, tuple[Any, Any]] = {"pretrain": (Text, PRETRAIN), "sft": (Repl
 
 
 def do(job: dict[str, Any]) -> None:
-    """Trains one stage: kind, folder, and if they are there parallel, changes of its settings, double, die_at."""
+    """Trains one stage: kind, folder, and if they are there parallel, changes of its settings, double, die_at, silent."""
     stage_class, config = STAGES[job["kind"]]
     stage = stage_class(replace(config, **job.get("changes", {})))
-    stage.die_at, stage.double = job.get("die_at"), job.get("double", True)
+    stage.die_at, stage.silent, stage.double = job.get("die_at"), job.get("silent", False), job.get("double", True)
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe("toy", 7, {}, (), Path("toy.toml"), parallel=job.get("parallel", {}))
     loop.run_stage(stage, Work(StageFolder(folder), {}, seed=7, recipe=recipe))
+    held = sum(local(weight).numel() for weight in stage.model.parameters())
+    (folder / f"held-{dist.rank()}").write_text(str(held))
 
 
 def start_ranks(jobs: list[dict[str, Any]], folder: Path, count: int = 2) -> list[subprocess.Popen[str]]:
@@ -114,7 +123,7 @@ def start_ranks(jobs: list[dict[str, Any]], folder: Path, count: int = 2) -> lis
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    address = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     env = {**os.environ, **address, "PYTHONPATH": str(Path(lyceum.__file__).parents[1])}
     command = [sys.executable, __file__, str(folder / "jobs.json")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -154,39 +163,151 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 # -------------------------------------------------------------------------------- the same numbers
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both stages in every mode on two ranks, and what begins there to be ended on one, from one pair of processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    jobs = [
-        {"kind": kind, "folder": str(folder / kind / mode), "parallel": table}
-        for kind in STAGES
-        for mode, table in MODES.items()
-    ]
-    on_ranks(jobs, folder)
-    return folder
+SINGLE = {"tokens": 20 * 320, "save_every": 0, "validate_every": 0}  # in fp32, over 20 steps
+BOTH = [("pretrain", mode) for mode in MODES] + [("sft", "shard"), ("sft", "tensor")]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank makes of it; in `half` a run that stopped after 5 steps."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
         for kind in STAGES:
             do({"kind": kind, "folder": str(folder / kind)})
+        do({"kind": "pretrain", "folder": str(folder / "single"), "changes": SINGLE, "double": False})
+        with pytest.raises(KeyboardInterrupt):
+            do({"kind": "pretrain", "folder": str(folder / "half"), "die_at": 5})
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", STAGES)
-def test_two_ranks_have_the_gradients_and_weights_of_one(kind: str, mode: str, everything: Path, alone: Path) -> None:
-    assert_same(everything / kind / mode, alone / kind, 1e-9)
+@pytest.fixture(scope="module")
+def pair(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one pair of processes makes of all of it."""
+    folder = tmp_path_factory.mktemp("pair")
+    jobs = [{"kind": kind, "folder": str(folder / kind / mode), "parallel": MODES[mode]} for kind, mode in BOTH]
+    for mode in ("shard", "tensor"):
+        single = {"folder": str(folder / "single" / mode), "changes": SINGLE, "double": False}
+        jobs.append({"kind": "pretrain", "parallel": MODES[mode], **single})
+    jobs.append({"kind": "pretrain", "folder": str(alone / "half"), "parallel": MODES["tensor"]})
+    on_ranks(jobs, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "mode"), BOTH)
+def test_two_ranks_have_the_gradients_and_weights_of_one(kind: str, mode: str, pair: Path, alone: Path) -> None:
+    assert_same(pair / kind / mode, alone / kind, 1e-9)
+    assert (pair / kind / mode / "samples.jsonl").read_text() == (alone / kind / "samples.jsonl").read_text()
+
+
+def test_each_rank_holds_its_share_of_the_weights(pair: Path, alone: Path) -> None:
+    full = int((alone / "pretrain" / "held-0").read_text())
+    held = {mode: [int((pair / "pretrain" / mode / f"held-{rank}").read_text()) for rank in (0, 1)] for mode in MODES}
+    assert held["data"] == [full, full]
+    assert sum(held["shard"]) == sum(held["recompute"]) == full and max(held["shard"]) < 0.52 * full
+    layers = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)  # q, k and v, o; gate, up and down
+    assert held["tensor"] == [full - layers // 2] * 2
+
+
+@pytest.mark.parametrize("mode", ["shard", "tensor"])
+def test_losses_in_fp32_stay_within_a_thousandth_over_20_steps(mode: str, pair: Path, alone: Path) -> None:
+    found = [
+        [line["loss"] for line in read_metrics(f / "metrics.jsonl")] for f in (pair / "single" / mode, alone / "single")
+    ]
+    assert len(found[0]) == 20 and found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+# -------------------------------------------------------------------------------- resuming
+
+
+def test_a_run_begun_on_one_rank_ends_on_two(pair: Path, alone: Path) -> None:
+    assert_same(alone / "half", alone / "pretrain", 1e-9)
+
+
+def lost(job: dict[str, Any], folder: Path) -> str:
+    """What rank 0 says when rank 1 is gone; it must end by itself."""
+    ranks = start_ranks([job], folder)
+    try:
+        said = ranks[0].communicate(timeout=60)[0]
+        assert ranks[0].returncode == 1
+        return said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_a_killed_rank_ends_the_other_with_a_word_and_one_rank_goes_on(alone: Path, tmp_path: Path) -> None:
+    job = {"kind": "pretrain", "folder": str(tmp_path / "run")}
+    said = lost({**job, "parallel": {"shard": True}, "die_at": 5}, tmp_path)
+    assert "RunError: rank 0 of 2 lost another" in said and "hint: " in said
+    do(job)
+    assert_same(tmp_path / "run", alone / "pretrain", 1e-9)
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_not_waited_for_longer_than_timeout_s(tmp_path: Path) -> None:
+    job = {"kind": "pretrain", "folder": str(tmp_path / "run"), "die_at": 3, "silent": True}
+    said = lost({**job, "parallel": {"shard": True, "timeout_s": 3.0}}, tmp_path)
+    assert "RunError: rank 0 of 2 lost another, which ended or was silent too long" in said
+
+
+@pytest.mark.slow
+def test_four_ranks_as_a_grid_equal_one(alone: Path, tmp_path: Path) -> None:
+    jobs = [
+        {"kind": kind, "folder": str(tmp_path / kind), "parallel": {"shard": True, "tensor": 2, "recompute": True}}
+        for kind in STAGES
+    ]
+    on_ranks(jobs, tmp_path, count=4)
+    for kind in STAGES:
+        assert_same(tmp_path / kind, alone / kind, 1e-9)
+
+
+# -------------------------------------------------------------------------------- refusals
+
+
+def recipe_with(**parallel: Any) -> Recipe:
+    return Recipe("toy", 7, {}, (), Path("toy.toml"), parallel=parallel)
+
+
+def test_a_wrong_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"\[parallel\] in toy.toml has no setting 'shards'(.|\n)*'shard'"):
+        parallel_config(recipe_with(shards=True))
+    with pytest.raises(ConfigError, match="tensor is 3, and the 1 ranks are no multiple"):
+        parallel_config(recipe_with(tensor=3))
+    monkeypatch.setattr(dist, "world_size", lambda: 6)
+    assert parallel_config(recipe_with(tensor=3)).is_sharded
+
+
+def test_one_rank_has_nothing_to_shard() -> None:
+    assert not parallel_config(recipe_with(shard=True)).is_sharded
+    full = torch.ones(3, 2)
+    assert own(full, full) is full and local(full) is full
+
+
+@pytest.mark.parametrize(
+    ("tensor", "lora", "complaint"),
+    [(4, 0, "the 2 heads of self_attn.k_proj"), (2, 2, "no plain matrix but a LoraLinear")],
+)
+def test_what_cannot_be_cut_is_told(tensor: int, lora: int, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    stage = Text(PRETRAIN)
+    model = decoder(True, 64)
+    if lora:
+        adapt(model, lora, 4.0)
+    stage.trained = {"model": Trained(model, PRETRAIN.optimizer())}
+    with pytest.raises(ConfigError, match=complaint):
+        Parallel(parallel_config(recipe_with(tensor=tensor)), {"tensor": None}).put_on(stage)
+    stage.can_shard = False
+    with pytest.raises(ConfigError, match="pretrain can only be trained with a whole one"):
+        Parallel(parallel_config(recipe_with(shard=True)), None).put_on(stage)
 
 
 if __name__ == "__main__":
-    from lyceum import dist
-
     torch.set_num_threads(1)
+    layers.MIN_NUMBERS = (
+        1  # the hand-written forms of the CPU wherever they may be used; one rank alone has the plain ones
+    )
     loop.pick_device = lambda: torch.device("cpu")
     dist.start()
     for one_job in json.loads(Path(sys.argv[1]).read_text()):
