@@ -4,6 +4,7 @@
     lyceum sft demo --set sft.epochs=4  one stage of it        lyceum sft --help           its settings
     lyceum plan demo                    what it would take
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
+    lyceum export runs/demo --to gguf   its model as a file for llama.cpp
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
 long as all of Python's start (0.32 s where this takes 0.06). No verb's package is imported before the verb is known.
@@ -86,6 +87,13 @@ def make_parser() -> Parser:
     runs.add_argument("--metric", default="loss", help="compare: which one, as in metrics.jsonl (default: loss)")
     runs.add_argument("--json", action="store_true", dest="as_json", help="one JSON value instead of tables")
     runs.set_defaults(do=_runs)
+    export = _verb(verbs, "export", "write a run's or a checkpoint's model as a file for other programs")
+    export.add_argument("path", metavar="CHECKPOINT", help="a run's folder, a section's, or a checkpoint's")
+    export.add_argument("--to", choices=["gguf"], default="gguf", help="gguf: one file for llama.cpp and its like")
+    export.add_argument("--type", choices=["f32", "f16", "q8_0"], default="f16", help="of the matrices (default f16)")
+    export.add_argument("-o", "--out", default="", metavar="FILE", help="by default named after the model, here")
+    export.add_argument("--stage", default="", help="which section of the run; by default the most schooled")
+    export.set_defaults(do=_export)
 
     for name, kind in KINDS.items():
         verb = _verb(verbs, name, kind.help)
@@ -165,6 +173,22 @@ def _runs(args: argparse.Namespace) -> None:
     from lyceum.cli import runs
 
     runs.runs(args.paths, section=args.section, metric=args.metric, as_json=args.as_json)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lyceum import device
+    from lyceum.cli.chat import find_checkpoint
+
+    device.prepare("export")
+    from lyceum.model.gguf import export_gguf
+
+    done = export_gguf(find_checkpoint(Path(args.path), args.stage).checkpoint, args.out, args.type)
+    counts = ", ".join(f"{count} {kind}" for kind, count in done.num_tensors.items())
+    print(f"{done.path}: {done.num_bytes / 1e6:.1f} MB; tensors: {counts}")
+    if done.kept_f16:
+        print(f"f16 instead of q8_0, because their rows are no multiple of 32 numbers: {', '.join(done.kept_f16)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,7 +35,7 @@ def is_fast(x: Tensor, *linears: nn.Module) -> bool:
     weights of which this rank holds a part (FSDP2 gathers a layer's before the layer runs; tensor parallel does not).
     """
     is_plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    is_bare = all(type(x) is nn.Linear and x.bias is None and type(x.weight) is nn.Parameter for x in linears)
+    is_bare = all(type(it) is nn.Linear and it.bias is None and type(it.weight) is nn.Parameter for it in linears)
     return is_plain and is_bare and x.numel() >= MIN_NUMBERS and not torch.is_autocast_enabled("cpu")
 
 

@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lyceum.config import setting
 from lyceum.corpus.packages import ObjectFact
@@ -261,13 +262,16 @@ class Lesson:
         chance.shuffle(questions)
         return questions
 
+    @cached_property
+    def _exam_names(self) -> tutor.Names:
+        return tutor.Names.divide(self.objects, self.unstudied, seed=0) if self.seed else self.names
+
     def exam(self, split: str) -> list[Question]:
         """Questions for the table: phrasings and names of "dev" or "held_out" only, in a fixed shuffled order.
 
         They do not depend on the seed: runs with different seeds sit the same exam.
         """
-        chance = random.Random(split)
-        unknown = tutor.Names.divide(self.objects, self.unstudied, seed=0).classes
+        chance, unknown = random.Random(split), self._exam_names.classes
         size = self.config.held_out
         questions: list[Question] = []
         for kind, part in (("does", 1.25), ("takes", 0.25), ("module", 0.25), ("which", 0.25)):

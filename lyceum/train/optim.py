@@ -10,9 +10,12 @@ The update is scaled by sqrt(max(1, rows / cols)), as in the original post; so m
 
 Weight decay is decoupled (arXiv 1711.05101) and acts on the matrices inside layers only.
 
+Both are plain classes over torch's kernels: making any `torch.optim.Optimizer` imports torch's compiler, which nothing
+here uses and which takes nearly as long as torch itself.
+
 Sharded (`lyceum.train.parallel`), a rank's optimizers see its own pieces only. AdamW works number by number and does not
-mind; for Muon each matrix's momentum is put together on every rank, which orthogonalises all of it and keeps its own piece:
-the same update, with the products of Newton-Schulz done once a rank.
+mind; for Muon each matrix's momentum is put together on every rank, one at a time, which orthogonalises all of it and
+keeps its own piece: the same update, with the products of Newton-Schulz done once a rank.
 """
 
 from __future__ import annotations
@@ -86,13 +89,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.transpose(1, 2) if is_tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum, orthogonalised; for 2-D parameters only.
 
     Args:
         params: matrices (rows, cols); those of one shape are updated in one batch.
         lr: learning rate; weight_decay: decoupled; momentum: Nesterov's.
-        layouts: piece -> the sharded parameter it is this rank's piece of.
+        layouts: of a sharded module, piece -> the parameter that it is this rank's piece of.
     """
 
     def __init__(
@@ -103,38 +106,69 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         layouts: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.parameters, self.lr, self.weight_decay, self.momentum = list(params), lr, weight_decay, momentum
         self.layouts = layouts or {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                assert parameter.ndim == 2, f"Muon takes matrices, got a shape of {tuple(parameter.shape)}"
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in self.parameters:
+            assert parameter.ndim == 2, f"Muon takes matrices, got a shape of {tuple(parameter.shape)}"
+        self.state = {p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in self.parameters}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update from the parameters' .grad."""
-        assert closure is None
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(self.layouts.get(parameter, parameter).shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                self._update(shape, parameters, group["lr"], group["weight_decay"], group["momentum"])
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                by_shape.setdefault(self.layouts.get(parameter, parameter).shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            size = 1 if self.layouts else len(parameters)  # sharded, one matrix at a time is whole
+            for start in range(0, len(parameters), size):
+                self._update(shape, parameters[start : start + size])
 
-    def _update(self, shape: torch.Size, parameters: list[Tensor], lr: float, decay: float, momentum: float) -> None:
+    def _update(self, shape: torch.Size, parameters: list[Tensor]) -> None:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(buffers, grads, 1.0 - momentum)
-        nesterov = torch._foreach_lerp(grads, buffers, momentum)
+        torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
+        nesterov = torch._foreach_lerp(grads, buffers, self.momentum)
         layouts = [self.layouts.get(parameter, parameter) for parameter in parameters]
-        full = [whole(piece, layout) for piece, layout in zip(nesterov, layouts, strict=True)]
-        updates = [
-            own(update, layout) for update, layout in zip(orthogonalise(torch.stack(full)), layouts, strict=True)
-        ]
-        if decay:
-            torch._foreach_mul_(tuple(parameters), 1.0 - lr * decay)
-        torch._foreach_add_(tuple(parameters), updates, alpha=-lr * math.sqrt(max(1.0, shape[0] / shape[1])))
+        full = orthogonalise(torch.stack([whole(*pair) for pair in zip(nesterov, layouts, strict=True)]))
+        updates = [own(*pair) for pair in zip(full, layouts, strict=True)]
+        if self.weight_decay:
+            torch._foreach_mul_(tuple(parameters), 1.0 - self.lr * self.weight_decay)
+        rate = self.lr * math.sqrt(max(1.0, shape[0] / shape[1]))
+        torch._foreach_add_(tuple(parameters), updates, alpha=-rate)
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101) by torch's fused kernel: what `torch.optim.AdamW(fused=True)` computes.
+
+    Args:
+        params: of any shape, all of one floating type on one device.
+        lr: learning rate; betas, eps: of the two moments; weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        self.parameters, self.lr, self.betas, self.eps, self.weight_decay = list(params), lr, betas, eps, weight_decay
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        for p in self.parameters:
+            moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the parameters' .grad."""
+        parameters = [p for p in self.parameters if p.grad is not None]
+        if not parameters:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        names = ("exp_avg", "exp_avg_sq", "step")
+        averages, squares, steps = ([self.state[p][name] for p in parameters] for name in names)
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            tuple(parameters), grads, averages, squares, [], steps, amsgrad=False, lr=self.lr, beta1=self.betas[0],
+            beta2=self.betas[1], weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+        )  # fmt: skip
 
 
 class Learner:
@@ -158,24 +192,22 @@ class Learner:
         self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
         self._optimizers = self._build()
 
-    def _build(self) -> list[tuple[torch.optim.Optimizer, float]]:
+    def _build(self) -> list[tuple[Muon | AdamW, float]]:
         """The optimizers, each with its peak learning rate."""
         settings = self.settings
         pieces = list(zip(self.named.items(), self.parameters, strict=True))
         matrices = [piece for (name, p), piece in pieces if is_layer_matrix(name, p)]
         others = [piece for (name, p), piece in pieces if not is_layer_matrix(name, p)]
-        layouts = {piece: p for (_, p), piece in pieces}
-        optimizers: list[tuple[torch.optim.Optimizer, float]] = []
-        groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
+        optimizers: list[tuple[Muon | AdamW, float]] = []
         if settings.matrix_lr > 0 and matrices:
+            layouts = {piece: p for (_, p), piece in pieces} if self.is_sharded else None
             muon = Muon(matrices, settings.matrix_lr, settings.weight_decay, settings.momentum, layouts)
             optimizers.append((muon, settings.matrix_lr))
-        else:
-            groups.append({"params": matrices, "weight_decay": settings.weight_decay})
-        groups = [group for group in groups if group["params"]]
-        if groups:
-            adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-            optimizers.append((adamw, settings.lr))
+            matrices = []
+        for parameters, decay in ((others, 0.0), (matrices, settings.weight_decay)):
+            if parameters:
+                adamw = AdamW(parameters, settings.lr, settings.betas, settings.eps, decay)
+                optimizers.append((adamw, settings.lr))
         return optimizers
 
     def accumulate_in(self, flat: Tensor) -> None:
@@ -208,8 +240,7 @@ class Learner:
         """One update from `self.gradient` at `factor` times the peak learning rates; then the running average."""
         self.accumulate_in(self.gradient)
         for optimizer, peak in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+            optimizer.lr = peak * factor
             optimizer.step()
         if self.average:
             with torch.no_grad():
@@ -246,16 +277,14 @@ class Learner:
                 local(tensor).copy_(own(held[f"weights/{name}"], tensor))
             for (name, p), average in zip(self.named.items(), self.average, strict=False):
                 average.copy_(own(held[f"average/{name}"], p))
-        owners: dict[int, torch.optim.Optimizer] = {}
-        for optimizer, _ in self._optimizers:
-            owners.update({id(p): optimizer for group in optimizer.param_groups for p in group["params"]})
+        states = {piece: state for optimizer, _ in self._optimizers for piece, state in optimizer.state.items()}
         pieces = dict(zip(self.named, self.parameters, strict=True))
         for full_name, value in held.items():
             if full_name.startswith("optimizer/"):
                 name, key = full_name.removeprefix("optimizer/").rsplit("/", 1)
                 piece, parameter = pieces[name], self.named[name]
                 mine = own(value, parameter) if value.shape == parameter.shape else value
-                owners[id(piece)].state[piece][key] = mine.clone()
+                states[piece][key].copy_(mine)
 
     def _weights(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict().keys()

@@ -11,7 +11,7 @@ and down, as Shoeybi et al. 2019 (Megatron-LM, section 3) cut them; embeddings, 
 every row, and are cut over the rows. The numbers trained stay the same up to rounding, so the table is part of no key.
 
 A sharded parameter is a DTensor. What updates weights sees only `local` pieces, plain tensors; `whole` and `own` lead to
-the full tensor and back.
+the full tensor and back. PyTorch's engine is imported where it is used: it takes seconds, which one rank need not wait.
 
 Run by: `lyceum.train.loop`, on modules that the stage built, before they move to the device. docs/scale.md has the launch
 lines and the arithmetic. What it is not: sequence, context, pipeline or expert parallel; nor for stages that generate while
@@ -111,9 +111,7 @@ class Parallel:
         if self.config.tensor > 1:
             for layer in layers:
                 _cut(layer, self.config.tensor, self.mesh["tensor"])
-        from torch.distributed.fsdp import (
-            fully_shard,
-        )  # here, as all of it: a second of importing that one rank need not wait
+        from torch.distributed.fsdp import fully_shard
 
         for part in (*layers, module):
             sharded = fully_shard(part, mesh=self.mesh["data"])
@@ -207,7 +205,15 @@ def like(piece: Tensor, tensor: Tensor) -> Tensor:
 def whole(piece: Tensor, tensor: Tensor) -> Tensor:
     """All ranks' pieces of what is laid out as `tensor` is, put together on every rank; every rank must call it."""
     laid_out = like(piece, tensor)
-    return laid_out.full_tensor() if is_piece(laid_out) else piece
+    if not is_piece(laid_out):
+        return piece
+    from torch.distributed.tensor import Placement, Replicate
+
+    placements: list[Placement] = list(laid_out.placements)
+    for dim in range(len(placements)):  # what was cut last is joined first; in one call torch warns of two steps
+        placements[dim] = Replicate()
+        laid_out = laid_out.redistribute(placements=placements)
+    return laid_out.to_local()
 
 
 def own(full: Tensor, tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def train(folder: Path, depth: int, width: int, micro_tokens: int, matrix_lr: fl
         def start(self, work: Work) -> None:
             shape = (depth, VOCABULARY, width) if work.seed else (1, 64, 64)
             spec, _ = ModelSpec.from_depth(shape[0], vocab_size=shape[1], width=shape[2], context_length=192)
+            self.tokenizer = SimpleNamespace(token_bytes=[b"x"] * shape[1])
             self.begin(Decoder(spec), Noise(shape[1]), {}, seed=0)  # type: ignore[arg-type]
 
         def samples(self) -> list[dict[str, Any]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lyceum.train.optim import Learner, Muon, OptimizerSettings, is_layer_matrix, orthogonalise, schedule
+from lyceum.train.optim import AdamW, Learner, Muon, OptimizerSettings, is_layer_matrix, orthogonalise, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,41 @@ def test_stacking_does_not_change_an_update() -> None:
 
     for one, other in zip(train(alone=True), train(alone=False), strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+# -------------------------------------------------------------------------------- AdamW
+
+
+def test_adamw_equals_torchs_fused_adamw_bit_for_bit() -> None:
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (7,))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    our_adamw = AdamW(ours, lr=0.1, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.2)
+    their_adamw = torch.optim.AdamW(theirs, lr=0.1, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.2, fused=True)
+    for rate in (0.1, 0.03, 0.2):
+        our_adamw.lr = their_adamw.param_groups[0]["lr"] = rate
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        our_adamw.step()
+        their_adamw.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+            assert all(
+                torch.equal(value, their_adamw.state[other][key]) for key, value in our_adamw.state[mine].items()
+            )
+
+
+def test_learning_does_not_import_torchs_compiler() -> None:
+    code = """if True:
+        import sys, torch
+        from lyceum.train.optim import Learner, OptimizerSettings
+        module = torch.nn.ModuleDict({"layers": torch.nn.Linear(4, 4)})
+        Learner(module, OptimizerSettings(lr=0.1, matrix_lr=0.1)).update(1.0)
+        assert "torch._dynamo" not in sys.modules
+        torch.optim.AdamW(module.parameters())
+        assert "torch._dynamo" in sys.modules  # the control: torch's own optimizers do
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -------------------------------------------------------------------------------- the learner

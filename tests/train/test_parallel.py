@@ -31,6 +31,7 @@ from lyceum.errors import ConfigError
 from lyceum.log import read_metrics
 from lyceum.model import layers
 from lyceum.model.lora import adapt
+from lyceum.model.presets import GPT2
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
@@ -54,12 +55,13 @@ MODES: dict[str, dict[str, Any]] = {
     "shard": {"shard": True},
     "tensor": {"tensor": 2},
     "recompute": {"shard": True, "recompute": True},
+    "grid": {"shard": True, "tensor": 2, "recompute": True},
 }
 
 
-def decoder(double: bool, vocab_size: int) -> Decoder:
+def decoder(double: bool, vocab_size: int, **words: Any) -> Decoder:
     torch.manual_seed(0)
-    spec = ModelSpec(vocab_size, 2, 32, 4, 2, 8, 48, context_length=64, tied=not double)
+    spec = ModelSpec(vocab_size, 2, 32, 4, 2, 8, 48, context_length=64, **{"tied": not double, **words})
     return Decoder(spec).to(torch.float64 if double else torch.float32)
 
 
@@ -89,6 +91,13 @@ class Text(Mortal, Pretrain):
         self.begin(decoder(self.double, 267), Shards(shards, tokenizer.fingerprint), valid, seed=work.seed)
 
 
+class Gpt(Text):
+    """As GPT-2 and GPT-3 are: biases everywhere, learned positions, an output layer tied to the embedding."""
+
+    def begin(self, model: Decoder, shards: Shards, valid: Any, *, seed: int) -> None:
+        super().begin(decoder(True, 267, **GPT2, tied=True), shards, valid, seed=seed)
+
+
 class Replies(Mortal, SFT):
     double = True
 
@@ -101,7 +110,12 @@ class Replies(Mortal, SFT):
         self.begin(decoder(self.double, 267), rows[:50], rows[50:], ChatFormat(self.tokenizer), seed=work.seed)
 
 
-STAGES: dict[str, tuple[Any, Any]] = {"pretrain": (Text, PRETRAIN), "sft": (Replies, TUNED)}
+STAGES: dict[str, tuple[Any, Any]] = {
+    "pretrain": (Text, PRETRAIN),
+    "sft": (Replies, TUNED),
+    "gpt": (Gpt, PRETRAIN),
+    "adapters": (Replies, replace(TUNED, lora_rank=2)),
+}
 
 
 def do(job: dict[str, Any]) -> None:
@@ -130,15 +144,17 @@ def start_ranks(jobs: list[dict[str, Any]], folder: Path, count: int = 2) -> lis
     return [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in range(count)]
 
 
-def on_ranks(jobs: list[dict[str, Any]], folder: Path, count: int = 2) -> None:
-    ranks = start_ranks(jobs, folder, count)
+def on_ranks(jobs: list[dict[str, Any]], folder: Path, codes: tuple[int, ...] = (0, 0)) -> str:
+    """Does the jobs on as many ranks as there are `codes`, with which they must end; returns what rank 0 said."""
+    ranks = start_ranks(jobs, folder, len(codes))
     try:
         said = [process.communicate(timeout=110)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
             process.wait()
-    assert [process.returncode for process in ranks] == [0] * count, "\n".join(said)
+    assert tuple(process.returncode for process in ranks) == codes, "\n".join(said)
+    return said[0]
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +179,8 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 # -------------------------------------------------------------------------------- the same numbers
 
 
-SINGLE = {"tokens": 20 * 320, "save_every": 0, "validate_every": 0}  # in fp32, over 20 steps
-BOTH = [("pretrain", mode) for mode in MODES] + [("sft", "shard"), ("sft", "tensor")]
+SINGLE = {"tokens": 20 * 128, "batch_tokens": 128, "save_every": 0, "validate_every": 0}  # in fp32, over 20 steps
+BOTH = [("pretrain", mode) for mode in ("data", "shard", "tensor")] + [("sft", "tensor"), ("sft", "recompute")]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +189,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
-        for kind in STAGES:
+        for kind in ("pretrain", "sft"):
             do({"kind": kind, "folder": str(folder / kind)})
         do({"kind": "pretrain", "folder": str(folder / "single"), "changes": SINGLE, "double": False})
         with pytest.raises(KeyboardInterrupt):
@@ -183,15 +199,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one pair of processes makes of all of it."""
+    """What one pair of processes makes of all of it, until the second is killed; what the first said is in `said`."""
     folder = tmp_path_factory.mktemp("pair")
-    jobs = [{"kind": kind, "folder": str(folder / kind / mode), "parallel": MODES[mode]} for kind, mode in BOTH]
-    for mode in ("shard", "tensor"):
-        single = {"folder": str(folder / "single" / mode), "changes": SINGLE, "double": False}
-        jobs.append({"kind": "pretrain", "parallel": MODES[mode], **single})
+    jobs = [job(folder, kind, mode) for kind, mode in BOTH]
+    jobs.append(single(folder, "shard"))
     jobs.append({"kind": "pretrain", "folder": str(alone / "half"), "parallel": MODES["tensor"]})
-    on_ranks(jobs, folder)
+    jobs.append({"kind": "pretrain", "folder": str(folder / "killed"), "parallel": MODES["shard"], "die_at": 5})
+    (folder / "said").write_text(on_ranks(jobs, folder, (1, -signal.SIGKILL)))
     return folder
+
+
+def job(folder: Path, kind: str, mode: str) -> dict[str, Any]:
+    return {"kind": kind, "folder": str(folder / kind / mode), "parallel": MODES[mode]}
+
+
+def single(folder: Path, mode: str) -> dict[str, Any]:
+    return {**job(folder, "pretrain", mode), "folder": str(folder / "single"), "changes": SINGLE, "double": False}
 
 
 @pytest.mark.parametrize(("kind", "mode"), BOTH)
@@ -202,19 +225,42 @@ def test_two_ranks_have_the_gradients_and_weights_of_one(kind: str, mode: str, p
 
 def test_each_rank_holds_its_share_of_the_weights(pair: Path, alone: Path) -> None:
     full = int((alone / "pretrain" / "held-0").read_text())
-    held = {mode: [int((pair / "pretrain" / mode / f"held-{rank}").read_text()) for rank in (0, 1)] for mode in MODES}
+    held = {
+        mode: [int((pair / "pretrain" / mode / f"held-{rank}").read_text()) for rank in (0, 1)]
+        for kind, mode in BOTH
+        if kind == "pretrain"
+    }
     assert held["data"] == [full, full]
-    assert sum(held["shard"]) == sum(held["recompute"]) == full and max(held["shard"]) < 0.52 * full
+    assert sum(held["shard"]) == full and max(held["shard"]) < 0.52 * full
     layers = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)  # q, k and v, o; gate, up and down
     assert held["tensor"] == [full - layers // 2] * 2
 
 
-@pytest.mark.parametrize("mode", ["shard", "tensor"])
-def test_losses_in_fp32_stay_within_a_thousandth_over_20_steps(mode: str, pair: Path, alone: Path) -> None:
-    found = [
-        [line["loss"] for line in read_metrics(f / "metrics.jsonl")] for f in (pair / "single" / mode, alone / "single")
-    ]
+def assert_losses_within_a_thousandth(one: Path, other: Path) -> None:
+    found = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (one, other)]
     assert len(found[0]) == 20 and found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+def test_losses_in_fp32_stay_within_a_thousandth_over_20_steps(pair: Path, alone: Path) -> None:
+    assert_losses_within_a_thousandth(pair / "single", alone / "single")
+
+
+@pytest.mark.slow
+def test_gpt2s_architecture_and_adapters_too(alone: Path, tmp_path: Path) -> None:
+    more = [("gpt", "shard"), ("gpt", "tensor"), ("adapters", "shard"), ("pretrain", "recompute"), ("sft", "shard")]
+    on_ranks([*(job(tmp_path, *one) for one in more), single(tmp_path, "tensor")], tmp_path)
+    for kind, mode in more:
+        if kind in ("gpt", "adapters") and not (alone / kind).exists():
+            do({"kind": kind, "folder": str(alone / kind)})
+        assert_same(tmp_path / kind / mode, alone / kind, 1e-9)
+    assert_losses_within_a_thousandth(tmp_path / "single", alone / "single")
+
+
+@pytest.mark.slow
+def test_four_ranks_as_a_grid_equal_one(alone: Path, tmp_path: Path) -> None:
+    on_ranks([job(tmp_path, kind, "grid") for kind in ("pretrain", "sft")], tmp_path, (0,) * 4)
+    for kind in ("pretrain", "sft"):
+        assert_same(tmp_path / kind / "grid", alone / kind, 1e-9)
 
 
 # -------------------------------------------------------------------------------- resuming
@@ -224,43 +270,27 @@ def test_a_run_begun_on_one_rank_ends_on_two(pair: Path, alone: Path) -> None:
     assert_same(alone / "half", alone / "pretrain", 1e-9)
 
 
-def lost(job: dict[str, Any], folder: Path) -> str:
-    """What rank 0 says when rank 1 is gone; it must end by itself."""
-    ranks = start_ranks([job], folder)
-    try:
-        said = ranks[0].communicate(timeout=60)[0]
-        assert ranks[0].returncode == 1
-        return said
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-
-
-def test_a_killed_rank_ends_the_other_with_a_word_and_one_rank_goes_on(alone: Path, tmp_path: Path) -> None:
-    job = {"kind": "pretrain", "folder": str(tmp_path / "run")}
-    said = lost({**job, "parallel": {"shard": True}, "die_at": 5}, tmp_path)
+def test_a_killed_rank_ends_the_other_with_a_word_and_one_rank_goes_on(pair: Path, alone: Path) -> None:
+    said = (pair / "said").read_text()
     assert "RunError: rank 0 of 2 lost another" in said and "hint: " in said
-    do(job)
-    assert_same(tmp_path / "run", alone / "pretrain", 1e-9)
+    do({"kind": "pretrain", "folder": str(pair / "killed")})
+    assert_same(pair / "killed", alone / "pretrain", 1e-9)
 
 
 @pytest.mark.slow
 def test_a_silent_rank_is_not_waited_for_longer_than_timeout_s(tmp_path: Path) -> None:
-    job = {"kind": "pretrain", "folder": str(tmp_path / "run"), "die_at": 3, "silent": True}
-    said = lost({**job, "parallel": {"shard": True, "timeout_s": 3.0}}, tmp_path)
-    assert "RunError: rank 0 of 2 lost another, which ended or was silent too long" in said
-
-
-@pytest.mark.slow
-def test_four_ranks_as_a_grid_equal_one(alone: Path, tmp_path: Path) -> None:
-    jobs = [
-        {"kind": kind, "folder": str(tmp_path / kind), "parallel": {"shard": True, "tensor": 2, "recompute": True}}
-        for kind in STAGES
-    ]
-    on_ranks(jobs, tmp_path, count=4)
-    for kind in STAGES:
-        assert_same(tmp_path / kind, alone / kind, 1e-9)
+    parallel = {"shard": True, "timeout_s": 3.0}
+    ranks = start_ranks(
+        [{**job(tmp_path, "pretrain", "shard"), "parallel": parallel, "die_at": 3, "silent": True}], tmp_path
+    )
+    try:
+        said = ranks[0].communicate(timeout=60)[0]
+        assert ranks[0].returncode == 1
+        assert "RunError: rank 0 of 2 lost another, which ended or was silent too long" in said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -305,9 +335,7 @@ def test_what_cannot_be_cut_is_told(tensor: int, lora: int, complaint: str, monk
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    layers.MIN_NUMBERS = (
-        1  # the hand-written forms of the CPU wherever they may be used; one rank alone has the plain ones
-    )
+    layers.MIN_NUMBERS = 1  # the CPU's hand-written forms wherever they may be used; one rank alone has the plain ones
     loop.pick_device = lambda: torch.device("cpu")
     dist.start()
     for one_job in json.loads(Path(sys.argv[1]).read_text()):
