@@ -317,7 +317,8 @@ def _check_memory(run: Run, recipe: Recipe, steps: Sequence[Step], chosen: Seque
     from lyceum.cli.plan import check_memory, needs  # which is made of this module
 
     begins = {step.name for step in chosen if not run.is_finished(step.name, step.key)}
-    check_memory([need for need in needs(recipe, steps, run.path) if need.name in begins])
+    found = [need for need in needs(recipe, steps, run.path) if need.name in begins]
+    check_memory(found, parallel_config(recipe))
 
 
 def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:

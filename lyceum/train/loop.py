@@ -69,7 +69,7 @@ def run_stage(stage: Stage[Any], work: Work) -> dict[str, Any]:
     finished = work.folder.trainer / "finished.json"
     if finished.exists():
         return json.loads(finished.read_text(encoding="utf-8"))
-    with ranks_together(work, pick_device().type) as parallel:
+    with ranks_together(work, pick_device()) as parallel:
         report = _Loop(stage, work, parallel).run()
     if dist.is_main():
         write_json(finished, report)

@@ -21,6 +21,7 @@ they train.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class Parallel:
                 _cut(layer, self.config.tensor, self.mesh["tensor"])
         from torch.distributed.fsdp import fully_shard
 
+        # what a pass returns may be a view, which nothing here writes into
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
         for part in (*layers, module):
             sharded = fully_shard(part, mesh=self.mesh["data"])
             sharded.set_gradient_divide_factor(1.0)  # the loop divides by the counts of all ranks: this is a sum
@@ -246,11 +249,13 @@ def copies(tensor: Tensor, row: int) -> int:
 
 
 @contextmanager
-def ranks_together(work: Work, device_type: str) -> Iterator[Parallel]:
+def ranks_together(work: Work, device: torch.device) -> Iterator[Parallel]:
     """Inside, ranks stand as the recipe says; another's end or silence is a RunError that says how to go on."""
     config = parallel_config(work.recipe)
     try:
-        with dist.teams(config.tensor, config.timeout_s, device_type) as mesh:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # which PyTorch's engine takes for this rank's
+        with dist.teams(config.tensor, config.timeout_s, device.type) as mesh:
             yield Parallel(config, mesh)
     except RuntimeError as error:
         said = (str(error).strip().splitlines() or [""])[0][:200]
