@@ -9,6 +9,9 @@
     [watch]                  # how a run is watched (lyceum/train/watch.py): changes no section
     tensorboard = true
 
+    [parallel]               # one model over many ranks (lyceum/train/parallel.py): changes no section
+    shard = true
+
     [corpus]                 # a section: its kind, which is also its name and its folder
     objects = 500
 
@@ -183,7 +186,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One whole assistant: sections in the order in which they run, the model's table, the seed, how it is watched."""
+    """One whole assistant: sections in the order in which they run, the model's table, the seed, how it is watched and spread."""
 
     name: str
     seed: int
@@ -191,6 +194,7 @@ class Recipe:
     sections: tuple[Section, ...]
     path: Path
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
@@ -241,10 +245,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         sections=tuple(_sections(tables, headers, path)),
         path=path,
         watch=dict(tables.get("watch", {})),
+        parallel=dict(tables.get("parallel", {})),
     )
 
 
-TABLES = ("model", "watch")  # headers that make no section
+TABLES = ("model", "watch", "parallel")  # headers that make no section
 HEADER = re.compile(r"^\s*\[\s*([\w-]+)\s*(?:\.\s*([\w-]+)\s*)?\]", re.MULTILINE)
 
 

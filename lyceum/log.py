@@ -177,6 +177,12 @@ def progress(total: float, description: str, unit: str = "tok", done: float = 0.
             yield bar
 
 
+def shorten(text: Any, most: int = 60) -> str:
+    """A text as one short piece of a line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
 def show_number(value: Any) -> str:
     """A number as people read it: thousands with commas, four significant digits below."""
     if isinstance(value, (bool, str)) or value is None:

@@ -12,8 +12,7 @@ each printed with the result:
 
 The same memory decides whether `lyceum run` begins: what cannot fit is refused before it starts (`check_memory`).
 What it is not: a promise. Sampling and data preparation are slower than products; sections that train nothing (corpus,
-rankings, eval) are left out; the splits over many GPUs are arithmetic on memory, and this version trains by data
-parallelism only.
+rankings, eval) are left out; the splits over many GPUs are arithmetic on memory.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lyceum import device
+from lyceum import device, dist
 from lyceum.cli import river
 from lyceum.config import Recipe, build, load_recipe
 from lyceum.errors import ConfigError, ResourceError
@@ -32,6 +31,7 @@ from lyceum.model.hub import read_json, read_spec
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
 from lyceum.train.memory import BASE_BYTES, PARTS, Memory, added, cache_memory, frozen_memory, total, training_memory
+from lyceum.train.parallel import ParallelConfig
 
 CPU_SHARE = 0.37
 MFU, MFU_WIDTH = 0.40, 1024
@@ -113,7 +113,7 @@ def _pretrain(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step
     rows = max(1, config.batch_tokens // row)
     micro = min(max(1, config.micro_tokens // row), rows) * row
     count = max(1, config.tokens // (rows * row))
-    state = {"matrix_lr": config.matrix_lr, "ema": config.ema}
+    state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
     memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
     tokens = count * rows * row
     flops = tokens * spec.flops_per_token(row)
@@ -125,7 +125,7 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     config = step.config
     longest = min(config.max_tokens or spec.context_length, spec.context_length)
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
-    state = {"matrix_lr": config.matrix_lr, "ema": config.ema}
+    state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
     memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
     if lessons is None or not lessons.exists():
@@ -145,6 +145,7 @@ def _reward(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step],
     config, rankings = step.config, by_name[step.inputs["rankings"]].config
     terms = 2 if config.centring else 1
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": terms, "loss": "score"}
+    state["recompute"] = _recomputes(recipe)
     memory = _both(lambda size: [training_memory(spec, config.micro_tokens, number_bytes=size, **state)])
     prompts, example = round(rankings.prompts * (1 - rankings.valid_share)), _example(spec)
     tokens = config.epochs * prompts * rankings.responses * example
@@ -162,7 +163,7 @@ def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     )
 
     def models(size: int) -> list[Memory]:
-        both = {"num_terms": terms, "number_bytes": size, "ema": config.ema}
+        both = {"num_terms": terms, "number_bytes": size, "ema": config.ema, "recompute": _recomputes(recipe)}
         policy = training_memory(spec, config.micro_tokens, matrix_lr=config.matrix_lr, loss="chosen", **both)
         critic = training_memory(spec, config.micro_tokens, matrix_lr=config.critic_matrix_lr, loss="score", **both)
         cache = cache_memory(spec, min(config.engine_batch, config.prompts_per_iteration), spec.context_length)
@@ -179,6 +180,10 @@ def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     return Need(step.name, "ppo", spec, *_both(models), tokens=tokens, steps=count, flops=flops)
 
 
+def _recomputes(recipe: Recipe) -> bool:
+    return bool(recipe.parallel.get("recompute", False))
+
+
 def _example(spec: ModelSpec) -> int:
     return max(1, round(EXAMPLE_SHARE * spec.context_length))
 
@@ -192,19 +197,23 @@ def split(need: Need, gpu: Gpu) -> tuple[int, str]:
     Alone a GPU holds everything. Under FSDP weights, gradients and optimizer are cut over n, and two layers, the
     embedding and the output are whole at a time; tensor parallelism cuts these and the activations over a node too.
     """
-    memory, counts = need.gpu_memory, need.spec.num_parameters()
     room = ROOM * gpu.memory
-    state = sum(memory[part] for part in ("weights", "gradients", "optimizer"))
-    rest = total(memory) - state
-    whole = 4 * (2 * counts["matrices"] // need.spec.num_layers + counts["embedding"] + counts["head"])
-    if state + rest <= room:
+    if total(need.gpu_memory) <= room:
         return 1, "one GPU, or data parallel"
     for inside in (1, TENSOR_PARALLEL):
         for num in (2**power for power in range(1, 11)):
-            if num >= inside and state / num + (whole + rest) / inside <= room:
+            if num >= inside and cut_memory(need.gpu_memory, need.spec, num, inside) <= room:
                 cut = [f"{kind} over {n}" for kind, n in (("FSDP", num // inside), ("TP", inside)) if n > 1]
                 return num, ", ".join(cut)
     return 0, "does not fit: smaller micro_tokens"
+
+
+def cut_memory(memory: Memory, spec: ModelSpec, num: int, inside: int) -> float:
+    """Bytes that each of `num` GPUs takes of what one process would, `inside` of them sharing each layer's matrices."""
+    counts = spec.num_parameters()
+    state = sum(memory[part] for part in ("weights", "gradients", "optimizer"))
+    whole = 4 * (2 * counts["matrices"] // spec.num_layers + counts["embedding"] + counts["head"])
+    return state / num + (whole + total(memory) - state) / inside
 
 
 def gpu_seconds(need: Need, gpu: Gpu) -> float | None:
@@ -225,14 +234,17 @@ def memory_there() -> tuple[float, float, str]:
     return device.memory_bytes() / ranks, float(BASE_BYTES), name
 
 
-def check_memory(found: Sequence[Need]) -> None:
-    """Refuse what cannot fit into this machine's memory.
+def check_memory(found: Sequence[Need], parallel: ParallelConfig | None = None) -> None:
+    """Refuse what cannot fit into this machine's memory, or this GPU's.
 
+    A sharded model is cut over the GPUs; on a CPU every rank has made it whole, and rank 0 puts its state together.
     Raises ResourceError: what is needed, what there is, and what to lower.
     """
     there, base, name = memory_there()
     for need in found:
         needed = base + total(need.memory)
+        if parallel and parallel.is_sharded and not base:
+            needed = cut_memory(need.memory, need.spec, dist.world_size(), parallel.tensor)
         if needed > there > 0:
             largest = max(PARTS, key=lambda part: need.memory[part])
             by_micro = largest in ("activations", "logits")
@@ -289,7 +301,8 @@ def plan(
         f"memory is beside {_gb(BASE_BYTES)} of Python and torch",
         f"a GPU: {MFU:.0%} of its dense bf16 peak from width {MFU_WIDTH:,} up, in proportion below; fp32 weights and "
         f"optimizer; {ROOM:.0%} of its memory",
-        "this version trains by data parallelism; FSDP and TP are what the memory would ask for",
+        "FSDP and TP are what the memory asks for: the recipe's [parallel], for pretrain and sft; reward and ppo are data "
+        "parallel only",
     ]
     return "\n".join(lines).strip()
 

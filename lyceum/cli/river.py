@@ -29,7 +29,7 @@ from typing import Any
 
 import lyceum
 from lyceum import device, dist
-from lyceum.config import Recipe, Section, build, load_recipe, settings_of, to_toml
+from lyceum.config import TABLES, Recipe, Section, build, load_recipe, settings_of, to_toml
 from lyceum.errors import ConfigError, LyceumError, RunError, did_you_mean
 from lyceum.log import log, show_time
 from lyceum.run import (
@@ -44,6 +44,7 @@ from lyceum.run import (
     write_json,
     write_text,
 )
+from lyceum.train.parallel import parallel_config
 from lyceum.train.watch import watch_config
 
 # -------------------------------------------------------------------------------- the table of kinds
@@ -280,6 +281,7 @@ def run_recipe(
     try:
         steps = plan(recipe)
         watch_config(recipe)
+        parallel_config(recipe)
         chosen = choose(steps, first, last)
         with Run.open(recipe, runs_dir) if dist.is_main() else Run(path) as run:
             missing_inputs(run, steps, chosen)
@@ -315,7 +317,8 @@ def _check_memory(run: Run, recipe: Recipe, steps: Sequence[Step], chosen: Seque
     from lyceum.cli.plan import check_memory, needs  # which is made of this module
 
     begins = {step.name for step in chosen if not run.is_finished(step.name, step.key)}
-    check_memory([need for need in needs(recipe, steps, run.path) if need.name in begins])
+    found = [need for need in needs(recipe, steps, run.path) if need.name in begins]
+    check_memory(found, parallel_config(recipe))
 
 
 def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:
@@ -408,7 +411,7 @@ def _recipe_folders() -> list[Path]:
 def record(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
     """Write the recipe as resolved and the manifest; warn if an unfinished run goes on under other conditions."""
     tables: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
-    tables |= {name: table for name, table in (("model", recipe.model), ("watch", recipe.watch)) if table}
+    tables |= {name: table for name in TABLES if (table := getattr(recipe, name))}
     for step in steps:
         kind, name = step.section.kind, step.name
         source = {"from": step.inputs[POLICY]} if POLICY in step.inputs else {}

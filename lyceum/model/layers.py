@@ -31,10 +31,11 @@ MIN_NUMBERS = 1 << 14  # below this a step is bound by calls, not by memory, and
 def is_fast(x: Tensor, *linears: nn.Module) -> bool:
     """Whether the hand-written form serves: much of `x`, on a CPU, in fp32 or fp64, and no autocast.
 
-    `linears` are the layers whose weights it would read: they must be bare, without adapters or quantised weights.
+    `linears` are the layers whose weights it would read: they must be bare, without adapters, quantised weights or
+    weights of which this rank holds a part (FSDP2 gathers a layer's before the layer runs; tensor parallel does not).
     """
     is_plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    is_bare = all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+    is_bare = all(type(it) is nn.Linear and it.bias is None and type(it.weight) is nn.Parameter for it in linears)
     return is_plain and is_bare and x.numel() >= MIN_NUMBERS and not torch.is_autocast_enabled("cpu")
 
 

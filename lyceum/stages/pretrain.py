@@ -30,7 +30,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -184,7 +184,13 @@ class Pretrain(Stage[TokenBatch]):
     kind = "pretrain"
     headline = "loss/text"
     also_shown = ("bpb",)
+    can_shard = True
     config: PretrainConfig
+
+    @property
+    def model(self) -> Decoder:
+        """What is trained."""
+        return cast(Decoder, self.trained["model"].module)
 
     def start(self, work: Work) -> None:
         """Encodes the corpus into shards (once), makes the model, and says what was derived from the recipe."""
@@ -227,7 +233,7 @@ class Pretrain(Stage[TokenBatch]):
     def begin(self, model: Decoder, shards: Shards, valid: dict[str, HeldOut], *, seed: int) -> None:
         """Sets the stage from things in memory; `valid` may be empty."""
         config = self.config
-        self.model, self.shards, self.valid = model, shards, valid
+        self.shards, self.valid = shards, valid
         self.rows_per_step = max(1, config.batch_tokens // config.row_tokens)
         self.num_steps = max(1, config.tokens // (self.rows_per_step * config.row_tokens))
         weights = config.weights or part_weights(shards.parts, config.docs_share)
@@ -242,7 +248,7 @@ class Pretrain(Stage[TokenBatch]):
     def steps(self, first: int) -> Iterator[Step[TokenBatch]]:
         """Step n holds the stream's rows n * rows_per_step and following, whatever the ranks."""
         rows = self.rows_per_step
-        size = min(max(1, self.config.micro_tokens // self.config.row_tokens), -(-rows // dist.world_size()))
+        size = min(max(1, self.config.micro_tokens // self.config.row_tokens), -(-rows // dist.data_size()))
         for number in range(first, self.num_steps):
             starts = dist.share(range(number * rows, (number + 1) * rows, size))
             ends = [min(start + size, (number + 1) * rows) for start in starts]

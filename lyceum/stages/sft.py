@@ -31,7 +31,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lyceum import dist
 from lyceum.batches.pack import Fitted, TokenBatch, bucket, collate, fit
@@ -125,7 +125,13 @@ class SFT(Stage[TokenBatch]):
 
     kind = "sft"
     headline = "loss/reply"
+    can_shard = True
     config: SFTConfig
+
+    @property
+    def model(self) -> Decoder:
+        """What is trained."""
+        return cast(Decoder, self.trained["model"].module)
 
     def start(self, work: Work) -> None:
         """Loads the pretrained model and renders the conversations."""
@@ -158,7 +164,7 @@ class SFT(Stage[TokenBatch]):
         """
         config, context = self.config, model.spec.context_length
         longest = min(config.max_tokens or context, context)
-        self.model, self.chat, self.seed = model, chat, seed
+        self.chat, self.seed = chat, seed
         self.train = fit(map(chat.render, train), longest)
         check_ends(self.train.rendered, chat)
         self.lengths = [len(row) for row in self.train.rendered]

@@ -20,8 +20,8 @@ Guarantees, each with a test in `tests/train/test_loop.py`:
 The trainer state is one safetensors file, replaced atomically: weights, optimizer, running average, torch's random
 numbers, and as JSON in its header the step, the totals so far and `stage.state_dict()`.
 
-What it is not: a home for algorithms (no `if` here knows a stage), nor for sharded models. The random state of a GPU is
-not saved, because nothing that trains here draws from it.
+What it is not: a home for algorithms (no `if` here knows a stage). How a model is cut over ranks is the affair of
+`lyceum.train.parallel`. The random state of a GPU is not saved, because nothing that trains here draws from it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ from torch import Tensor
 from lyceum import dist
 from lyceum.device import matmul_flops, pick_device
 from lyceum.errors import ResourceError, RunError, TrainingError
-from lyceum.log import Metrics, log, progress, show_number, show_time
+from lyceum.log import Metrics, log, progress, shorten, show_number, show_time
 from lyceum.run import Work, plain, write_json, write_lines
 from lyceum.train.optim import Learner, schedule
+from lyceum.train.parallel import Parallel, ranks_together
 from lyceum.train.stage import Stage, Step
 from lyceum.train.state import STATE, environment, random_states, read_state, write_state
 from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
@@ -68,7 +69,8 @@ def run_stage(stage: Stage[Any], work: Work) -> dict[str, Any]:
     finished = work.folder.trainer / "finished.json"
     if finished.exists():
         return json.loads(finished.read_text(encoding="utf-8"))
-    report = _Loop(stage, work).run()
+    with ranks_together(work, pick_device()) as parallel:
+        report = _Loop(stage, work, parallel).run()
     if dist.is_main():
         write_json(finished, report)
     dist.barrier()
@@ -78,8 +80,8 @@ def run_stage(stage: Stage[Any], work: Work) -> dict[str, Any]:
 class _Loop:
     """One run of one stage."""
 
-    def __init__(self, stage: Stage[Any], work: Work) -> None:
-        self.stage, self.work, self.config = stage, work, stage.config
+    def __init__(self, stage: Stage[Any], work: Work, parallel: Parallel) -> None:
+        self.stage, self.work, self.config, self.parallel = stage, work, stage.config, parallel
         self.metrics, self.samples = Metrics(work.folder.metrics), Metrics(work.folder.samples)
         self.done = 0  # updates made
         self.tokens = 0  # over all ranks
@@ -102,6 +104,7 @@ class _Loop:
         stage.origin = {"recipe": self.work.recipe.name, "section": self.work.folder.path.name, "seed": self.work.seed}
         stage.start(self.work)
         self._check_start()
+        self.parallel.put_on(stage)
         for trained in stage.trained.values():
             trained.module.to(stage.device).train()
         for module in stage.frozen.values():
@@ -135,7 +138,7 @@ class _Loop:
             weights = [w for t in self.stage.trained.values() for w in t.module.parameters() if w.ndim == 2]
             shapes = sorted({(w.shape[0], w.shape[1]) for w in weights}, key=math.prod)[-3:]
             flops = matmul_flops(shapes, self.config.micro_tokens, dtype=weights[0].dtype)
-            self.limit_flops = dist.sum_numbers({"flops": flops})["flops"]
+            self.limit_flops = dist.sum_everywhere(flops)
             log.info(f"  matrix products of its shapes: {self.limit_flops / 1e9:,.0f} GFLOP/s, the limit here")
 
     def _train(self, trackers: Trackers) -> None:
@@ -195,14 +198,14 @@ class _Loop:
         if self.watch.spike:
             self.recent.append((self.done + 1, step))
         # Every rank brings its part of each count, so that the sums over ranks are total and count.
-        sums = {f"loss/{term}": [0.0, count / dist.world_size()] for term, count in counts.items()}
-        sums["loss"] = [0.0, 1.0 / dist.world_size()]
+        sums = {f"loss/{term}": [0.0, count / dist.data_size()] for term, count in counts.items()}
+        sums["loss"] = [0.0, 1.0 / dist.data_size()]
         if is_logged and len(counts) > 1:
             norms = self._backward_by_term(step, counts, sums)
         else:
             norms = self._backward(step, counts, sums)
-        values = {name: total / count for name, (total, count) in _sum_pairs(sums).items() if count}
-        module_norms = {name: float(learner.gradient.norm()) for name, learner in self.learners.items()}
+        values = {name: total / count for name, (total, count) in dist.sum_pairs(sums).items() if count}
+        module_norms = {name: learner.norm(learner.gradient) for name, learner in self.learners.items()}
         self._check_finite(step, values, module_norms)
         self._check_spike(values["loss"])
         if len(counts) == 1:
@@ -226,7 +229,7 @@ class _Loop:
         for micro_batch in step.micro_batches:
             for term, count in self.stage.counts(micro_batch).items():
                 _add(sums, term, count, 0.0)
-        counts = {term: total for term, (total, _) in _sum_pairs(sums).items()}
+        counts = {term: total for term, (total, _) in dist.sum_pairs(sums).items()}
         empty = [term for term, count in counts.items() if not count > 0]
         if empty or not counts:
             what = f"has nothing to learn from for {', '.join(empty)}" if empty else "is empty"
@@ -238,6 +241,7 @@ class _Loop:
 
     def _backward(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
         """Leaves the gradient of the whole loss, summed over ranks, in every learner's `gradient`."""
+        spares = self.parallel.spares(step.micro_batches)
 
         def attempt(sums: Sums) -> None:
             for learner in self.learners.values():
@@ -246,9 +250,12 @@ class _Loop:
             for micro_batch in step.micro_batches:
                 first, *others = self._losses(micro_batch, counts, sums).values()
                 sum(others, first).backward()
+            for spare in spares:
+                torch.stack([0.0 * term.total for term in self.stage.loss(spare)[0].values()]).sum().backward()
 
         self._in_memory(step, sums, attempt)
-        dist.sum_tensors(*[learner.gradient for learner in self.learners.values()])
+        for learner in self.learners.values():
+            learner.sum_over_ranks(learner.gradient)
         return {}
 
     def _backward_by_term(self, step: Step[Any], counts: dict[str, float], sums: Sums) -> dict[str, float]:
@@ -266,10 +273,13 @@ class _Loop:
                     loss.backward(retain_graph=number < len(losses))
 
         self._in_memory(step, sums, attempt)
-        dist.sum_tensors(*parts.values())
+        for (_, name), part in parts.items():
+            self.learners[name].sum_over_ranks(part)
         for name, learner in self.learners.items():
             torch.sum(torch.stack([parts[term, name] for term in counts]), 0, out=learner.gradient)
-        return {t: math.hypot(*(float(parts[t, name].norm()) for name in self.learners)) for t in counts}
+        return {
+            t: math.hypot(*(learner.norm(parts[t, name]) for name, learner in self.learners.items())) for t in counts
+        }
 
     def _in_memory(self, step: Step[Any], sums: Sums, attempt: Callable[[Sums], None]) -> None:
         """Goes through this rank's micro-batches; where the device is out of memory, again with all of them halved.
@@ -286,6 +296,11 @@ class _Loop:
                 for name, (total, count) in found.items():
                     _add(sums, name, total, count)
                 return
+            if self.parallel.is_sharded:  # the other ranks are in the middle of that pass
+                raise ResourceError(
+                    f"{self.stage.kind}: a micro-batch does not fit into the device's memory: {failed}",
+                    hint="lower micro_tokens, or set parallel.recompute = true",
+                )
             torch.cuda.empty_cache()  # here, where the traceback no longer holds the failed pass
             before = len(step.micro_batches)
             self._halve(step)
@@ -375,15 +390,20 @@ class _Loop:
                 learner.swap()
                 learner.module.train()
 
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        return self.parallel.whole(self.stage, {name: learner.held for name, learner in self.learners.items()})
+
     def _validate(self) -> dict[str, float]:
         with self._averaged():
             with torch.no_grad():
                 numbers = self.stage.validate()
-            rows = self.stage.samples() if dist.is_main() else []
+            with self._whole():
+                rows = self.stage.samples() if dist.is_main() else []
+                dist.barrier()  # which is more patient than the next step's sums
         for row in rows:
             self.samples.write(self.done, row)
         said = [", ".join(f"{name} {show_number(value)}" for name, value in numbers.items())]
-        said += [f"{_shorten(row.get('prompt'))} -> {_shorten(row.get('reply'))}" for row in rows[:1]]
+        said += [f"{shorten(row.get('prompt'))} -> {shorten(row.get('reply'))}" for row in rows[:1]]
         if any(said):
             log.info(f"  step {self.done:,}: {' | '.join(filter(None, said))}")
         return {f"valid/{name}": float(value) for name, value in numbers.items()}
@@ -391,7 +411,7 @@ class _Loop:
     def _save_model(self, snapshot: str = "") -> None:
         results = {name: value for name, value in self.final.items() if name.startswith("valid/")}
         self.stage.origin |= {"step": self.done, "results": results}
-        with self._averaged():
+        with self._averaged(), self._whole():
             if dist.is_main():
                 self.stage.save(self.work.folder.path, snapshot)
             dist.barrier()
@@ -461,14 +481,8 @@ class _Loop:
         self.spike.state.update(header.get("spike", {}))  # an older state has none
         self.done = self.saved_at = header["step"]
         self.tokens, self.seconds, self.final = header["tokens"], header["seconds"], header["final"]
-        torch.set_rng_state(tensors["random"][dist.rank() % len(tensors["random"])].clone())
+        torch.set_rng_state(tensors["random"][dist.data_rank() % len(tensors["random"])].clone())
         log.info(f"{self.stage.kind}: going on after step {self.done} of {self.stage.num_steps}")
-
-
-def _shorten(text: Any, most: int = 60) -> str:
-    """A text as one short piece of a line."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -479,10 +493,3 @@ def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:
     pair = sums.setdefault(name, [0.0, 0.0])
     pair[0] += float(total.detach()) if isinstance(total, Tensor) else float(total)
     pair[1] += float(count)
-
-
-def _sum_pairs(sums: Sums) -> dict[str, tuple[float, float]]:
-    """Adds totals and counts over ranks, which may know different names; sorted by name."""
-    names = set(dist.gather(sorted(sums)))
-    both = dist.sum_numbers({f"{i}{name}": sums.get(name, (0.0, 0.0))[i] for name in sorted(names) for i in (0, 1)})
-    return {name: (both[f"0{name}"], both[f"1{name}"]) for name in sorted(names)}

@@ -109,9 +109,10 @@ def next_token_loss(model: Any, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[
     Returns:
         (weighted sum in nats, differentiable; sum of the weights; metrics: token_accuracy as (hits, targets)).
     """
-    head_VD: Tensor = model.output_weight
-    tokens_BT, weights_BT = tokens_BT.to(head_VD.device), weights_BT.to(head_VD.device)
+    device = model.output_weight.device
+    tokens_BT, weights_BT = tokens_BT.to(device), weights_BT.to(device)
     hidden_ND = model(tokens_BT[:, :-1]).flatten(0, 1)
+    head_VD: Tensor = model.output_weight  # after the pass, which gathers it where the model is sharded
     targets_N, weights_N = tokens_BT[:, 1:].flatten(), weights_BT[:, 1:].flatten().to(hidden_ND.dtype)
     kept = weights_N.nonzero().squeeze(1)
     if len(kept) < len(weights_N):
@@ -129,8 +130,13 @@ def mean_loss(model: Any, batches: Sequence[TokenBatch]) -> dict[str, float]:
         the weights. Empty if no batch has a target.
     """
     sums = {"total": 0.0, "weight": 0.0, "hits": 0.0, "targets": 0.0}
-    for batch in dist.share(batches):
+    own = dist.share(batches)
+    # A sharded model's pass needs every rank: one whose share is shorter reads the first batch again, uncounted.
+    for number in range(-(-len(batches) // dist.data_size())):
+        batch = own[number] if number < len(own) else batches[0]
         total, weight, metrics = next_token_loss(model, batch.tokens_BT, batch.weights_BT)
+        if number == len(own):
+            break
         hits, targets = metrics["token_accuracy"]
         for name, value in zip(sums, (total, weight, hits, targets), strict=True):
             sums[name] += float(value)

@@ -23,11 +23,12 @@ and optimizer takes the place of the activations.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lyceum.model.spec import ModelSpec
 from lyceum.train.losses import chunk_rows
 
-BASE_BYTES = 340_000_000  # resident before training: Python, torch, our modules
+BASE_BYTES = 272_000_000  # resident before training: Python, torch, our modules
 SLACK = 1.15  # what a heap holds over what is in it
 MUON_COPIES = 6  # of the widest group of equal matrices
 CHOSEN_CHUNK = 4096  # positions whose logits a policy loss holds at once: `policy.chosen_logprobs`
@@ -55,6 +56,7 @@ def training_memory(
     num_terms: int = 1,
     loss: str = "text",
     number_bytes: int = 4,
+    recompute: bool = False,
 ) -> Memory:
     """The bytes that one trained module takes at its peak.
 
@@ -65,6 +67,7 @@ def training_memory(
         num_terms: terms of the stage's loss.
         loss: "text" is next-token loss over chunks, "chosen" a policy's log-probabilities, "score" no vocabulary.
         number_bytes: of an activation, 2 in bf16; weights and optimizer stay at 4.
+        recompute: only the inputs of all layers are kept, and what one layer keeps while it is gone back through.
     """
     counts = spec.num_parameters()
     num_weights, in_muon = counts["total"], counts["matrices"] if matrix_lr else 0
@@ -79,12 +82,15 @@ def training_memory(
         "chosen": 4 * min(micro_tokens, CHOSEN_CHUNK) * spec.vocab_size + head,
         "score": 0,
     }[loss]
+    kept = kept_per_token(spec)
+    if recompute:
+        kept = kept_per_token(replace(spec, num_layers=1)) + spec.num_layers * spec.width
     gradients = num_weights * (1 + (num_terms if num_terms > 1 else 0))
     return {
         "weights": 4 * num_weights,
         "gradients": 4 * gradients,
         "optimizer": 4 * optimizer,
-        "activations": round(SLACK * number_bytes * micro_tokens * (kept_per_token(spec) + _passing_per_token(spec))),
+        "activations": round(SLACK * number_bytes * micro_tokens * (kept + _passing_per_token(spec))),
         "logits": number_bytes * logits,
         "cache": 0,
     }

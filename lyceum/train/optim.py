@@ -13,7 +13,9 @@ Weight decay is decoupled (arXiv 1711.05101) and acts on the matrices inside lay
 Both are plain classes over torch's kernels: making any `torch.optim.Optimizer` imports torch's compiler, which nothing
 here uses and which takes nearly as long as torch itself.
 
-What it is not: sharded. Under FSDP a matrix must be gathered before it is orthogonalised.
+Sharded (`lyceum.train.parallel`), a rank's optimizers see its own pieces only. AdamW works number by number and does not
+mind; for Muon each matrix's momentum is put together on every rank, one at a time, which orthogonalises all of it and
+keeps its own piece: the same update, with the products of Newton-Schulz done once a rank.
 """
 
 from __future__ import annotations
@@ -21,9 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from lyceum import dist
+from lyceum.train.parallel import PER_HEAD, copies, for_main, like, local, own, whole
 
 # The quintic's coefficients (a, b, c): chosen in the post for the steepest slope at zero, so singular values end
 # in about [0.7, 1.2] rather than at exactly 1.
@@ -89,12 +95,19 @@ class Muon:
     Args:
         params: matrices (rows, cols); those of one shape are updated in one batch.
         lr: learning rate; weight_decay: decoupled; momentum: Nesterov's.
+        layouts: of a sharded module, piece -> the parameter that it is this rank's piece of.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        layouts: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         self.parameters, self.lr, self.weight_decay, self.momentum = list(params), lr, weight_decay, momentum
+        self.layouts = layouts or {}
         for parameter in self.parameters:
             assert parameter.ndim == 2, f"Muon takes matrices, got a shape of {tuple(parameter.shape)}"
         self.state = {p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in self.parameters}
@@ -102,23 +115,27 @@ class Muon:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the parameters' .grad."""
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in self.parameters:
             if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
+                by_shape.setdefault(self.layouts.get(parameter, parameter).shape, []).append(parameter)
         for shape, parameters in by_shape.items():
-            self._update(shape, parameters)
+            size = 1 if self.layouts else len(parameters)  # sharded, one matrix at a time is whole
+            for start in range(0, len(parameters), size):
+                self._update(shape, parameters[start : start + size])
 
-    def _update(self, shape: torch.Size, parameters: list[nn.Parameter]) -> None:
+    def _update(self, shape: torch.Size, parameters: list[Tensor]) -> None:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
         nesterov = torch._foreach_lerp(grads, buffers, self.momentum)
-        updates = orthogonalise(torch.stack(list(nesterov)))
+        layouts = [self.layouts.get(parameter, parameter) for parameter in parameters]
+        full = orthogonalise(torch.stack([whole(*pair) for pair in zip(nesterov, layouts, strict=True)]))
+        updates = [own(*pair) for pair in zip(full, layouts, strict=True)]
         if self.weight_decay:
             torch._foreach_mul_(tuple(parameters), 1.0 - self.lr * self.weight_decay)
         rate = self.lr * math.sqrt(max(1.0, shape[0] / shape[1]))
-        torch._foreach_add_(tuple(parameters), list(updates), alpha=-rate)
+        torch._foreach_add_(tuple(parameters), updates, alpha=-rate)
 
 
 class AdamW:
@@ -130,10 +147,10 @@ class AdamW:
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         self.parameters, self.lr, self.betas, self.eps, self.weight_decay = list(params), lr, betas, eps, weight_decay
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
         for p in self.parameters:
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
@@ -158,7 +175,8 @@ class Learner:
     """One module while it is trained: its flat gradient, its optimizers and the running average of its weights.
 
     Args:
-        module: its parameters that require a gradient are trained; all of one floating type.
+        module: its parameters that require a gradient are trained; all of one floating type. Of a sharded module this
+            rank's pieces are: `parameters`, the gradient and the optimizers' state are pieces.
         settings: peak learning rates and the rest.
         average_decay: decay of the running average of the weights; 0 = none is kept.
     """
@@ -166,20 +184,24 @@ class Learner:
     def __init__(self, module: nn.Module, settings: OptimizerSettings, average_decay: float = 0.0) -> None:
         self.module, self.settings, self.average_decay = module, settings, average_decay
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
+        self.parameters = [local(p) for p in self.named.values()]
+        self.held = self._weights()
         self.average = [p.detach().clone() for p in self.parameters] if average_decay else []
-        first = self.parameters[0]
+        first, self.row = self.parameters[0], dist.world_size() // dist.data_size()
+        self.is_sharded = first is not next(iter(self.named.values()))
         self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
         self._optimizers = self._build()
 
     def _build(self) -> list[tuple[Muon | AdamW, float]]:
         """The optimizers, each with its peak learning rate."""
         settings = self.settings
-        matrices = [p for name, p in self.named.items() if is_layer_matrix(name, p)]
-        others = [p for name, p in self.named.items() if not is_layer_matrix(name, p)]
+        pieces = list(zip(self.named.items(), self.parameters, strict=True))
+        matrices = [piece for (name, p), piece in pieces if is_layer_matrix(name, p)]
+        others = [piece for (name, p), piece in pieces if not is_layer_matrix(name, p)]
         optimizers: list[tuple[Muon | AdamW, float]] = []
         if settings.matrix_lr > 0 and matrices:
-            muon = Muon(matrices, settings.matrix_lr, settings.weight_decay, settings.momentum)
+            layouts = {piece: p for (_, p), piece in pieces} if self.is_sharded else None
+            muon = Muon(matrices, settings.matrix_lr, settings.weight_decay, settings.momentum, layouts)
             optimizers.append((muon, settings.matrix_lr))
             matrices = []
         for parameters, decay in ((others, 0.0), (matrices, settings.weight_decay)):
@@ -190,9 +212,29 @@ class Learner:
 
     def accumulate_in(self, flat: Tensor) -> None:
         """Makes every parameter's .grad a view of `flat`, so that backward passes add to what stands there."""
-        views = flat.split([p.numel() for p in self.parameters])
-        for parameter, view in zip(self.parameters, views, strict=True):
-            parameter.grad = view.view_as(parameter)
+        for parameter, piece, view in zip(self.named.values(), self.parameters, self._views(flat), strict=True):
+            piece.grad = view
+            parameter.grad = like(view, parameter)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        views = flat.split([piece.numel() for piece in self.parameters])
+        return [view.view_as(piece) for view, piece in zip(views, self.parameters, strict=True)]
+
+    def sum_over_ranks(self, flat: Tensor) -> None:
+        """Makes a gradient that backward passes have filled the sum over all ranks."""
+        if not self.is_sharded:
+            dist.sum_tensors(flat)
+        elif self.row > 1:  # FSDP has summed over the copies; a row's ranks have each seen their own heads
+            views = zip(self.named, self._views(flat), strict=True)
+            dist.sum_row([view for name, view in views if name.endswith(PER_HEAD)])
+
+    def norm(self, flat: Tensor) -> float:
+        """The norm of a summed gradient, over all pieces of it."""
+        if not self.is_sharded:
+            return float(flat.norm())
+        pieces = zip(self.named.values(), self._views(flat), strict=True)
+        squares = sum(float(view.double().square().sum()) / copies(p, self.row) for p, view in pieces)
+        return math.sqrt(dist.sum_everywhere(squares))
 
     def update(self, factor: float) -> None:
         """One update from `self.gradient` at `factor` times the peak learning rates; then the running average."""
@@ -202,10 +244,12 @@ class Learner:
             optimizer.step()
         if self.average:
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, tuple(self.parameters), 1.0 - self.average_decay)
+                torch._foreach_lerp_(self.average, self.parameters, 1.0 - self.average_decay)
 
     def swap(self) -> None:
         """Exchanges the weights and their running average, if there is one."""
+        if self.is_sharded:
+            cast(Any, self.module).reshard()  # what a pass has gathered is of the weights before
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average, strict=False):
                 kept = parameter.detach().clone()
@@ -213,27 +257,34 @@ class Learner:
                 average.copy_(kept)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything needed to go on: parameters (tied ones once) and persistent buffers, optimizer state, average."""
-        held = {f"weights/{name}": tensor for name, tensor in self._weights().items()}
-        held.update({f"average/{name}": tensor for name, tensor in zip(self.named, self.average, strict=False)})
-        for name, parameter in self.named.items():
+        """Everything needed to go on: parameters (tied ones once) and persistent buffers, optimizer state, average.
+
+        Sharded tensors are put together in rank 0's memory, one at a time; other ranks get empty ones.
+        """
+        held = {f"weights/{name}": for_main(local(tensor), tensor).detach() for name, tensor in self.held.items()}
+        for (name, p), average in zip(self.named.items(), self.average, strict=False):
+            held[f"average/{name}"] = for_main(average, p)
+        for (name, p), piece in zip(self.named.items(), self.parameters, strict=True):
             for optimizer, _ in self._optimizers:
-                if parameter in optimizer.state:
-                    held.update({f"optimizer/{name}/{key}": v for key, v in optimizer.state[parameter].items()})
+                for key, value in optimizer.state.get(piece, {}).items():
+                    held[f"optimizer/{name}/{key}"] = for_main(value, p) if value.shape == piece.shape else value
         return held
 
     def load_state_tensors(self, held: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave (copied)."""
+        """Takes back what `state_tensors` gave rank 0 (copied), whatever the ranks were then."""
         with torch.no_grad():
-            for name, tensor in self._weights().items():
-                tensor.copy_(held[f"weights/{name}"])
-            for name, average in zip(self.named, self.average, strict=False):
-                average.copy_(held[f"average/{name}"])
-        states = {parameter: state for optimizer, _ in self._optimizers for parameter, state in optimizer.state.items()}
+            for name, tensor in self.held.items():
+                local(tensor).copy_(own(held[f"weights/{name}"], tensor))
+            for (name, p), average in zip(self.named.items(), self.average, strict=False):
+                average.copy_(own(held[f"average/{name}"], p))
+        states = {piece: state for optimizer, _ in self._optimizers for piece, state in optimizer.state.items()}
+        pieces = dict(zip(self.named, self.parameters, strict=True))
         for full_name, value in held.items():
             if full_name.startswith("optimizer/"):
                 name, key = full_name.removeprefix("optimizer/").rsplit("/", 1)
-                states[self.named[name]][key].copy_(value)
+                piece, parameter = pieces[name], self.named[name]
+                mine = own(value, parameter) if value.shape == parameter.shape else value
+                states[piece][key].copy_(mine)
 
     def _weights(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict().keys()

@@ -134,6 +134,8 @@ class Stage(ABC, Generic[MicroBatch]):
         kind: the section kind, as in the recipe ("sft").
         headline: the one metric shown in the progress bar, named as in metrics.jsonl ("loss/sft"); `also_shown`:
             others beside it.
+        can_shard: its model may be sharded (`lyceum.train.parallel`): every pass goes through `loss` or through what
+            calls it equally often on every rank, there is one trained module and one term.
     Attributes `start` fills:
         trained: name -> Trained.  frozen: name -> module; the loop turns gradients off and moves them to the device.
         num_steps: number of optimizer steps of the whole run; the schedule's progress is (step + 0.5) / num_steps.
@@ -148,6 +150,7 @@ class Stage(ABC, Generic[MicroBatch]):
     kind: str = ""
     headline: str = "loss"
     also_shown: tuple[str, ...] = ()
+    can_shard: bool = False
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config

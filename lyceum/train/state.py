@@ -53,9 +53,9 @@ def environment() -> dict[str, Any]:
 
 
 def random_states() -> Tensor:
-    """Every rank's state of torch's generator, one a row, on every rank."""
+    """The state of torch's generator beside every copy of the model, one a row, on every rank."""
     own = torch.get_rng_state()
-    rows = torch.zeros(dist.world_size(), len(own), dtype=torch.int32)
-    rows[dist.rank()] = own.to(torch.int32)
+    rows = torch.zeros(dist.data_size(), len(own), dtype=torch.int32)
+    rows[dist.data_rank()] = own.to(torch.int32)
     dist.sum_tensors(rows)
     return rows.to(torch.uint8)

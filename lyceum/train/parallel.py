@@ -1,0 +1,268 @@
+"""One model over many ranks: the recipe's `[parallel]` table, put on from outside by PyTorch's own engine.
+
+    [parallel]
+    shard = true             # weights, gradients and optimizer state cut over the ranks (FSDP2)
+    tensor = 8               # and each layer's matrices over 8 neighbouring ranks (tensor parallel)
+    recompute = true         # activation checkpointing
+
+Under `shard` every decoder layer is gathered before it computes and let go after (Rajbhandari et al. 2020, ZeRO stage 3;
+`torch.distributed.fsdp.fully_shard`). Under `tensor` the ranks of a row hold columns of q, k, v, gate and up and rows of o
+and down, as Shoeybi et al. 2019 (Megatron-LM, section 3) cut them; embeddings, norms and the output layer stand whole in
+every row, and are cut over the rows. The numbers trained stay the same up to rounding, so the table is part of no key.
+
+A sharded parameter is a DTensor. What updates weights sees only `local` pieces, plain tensors; `whole` and `own` lead to
+the full tensor and back. PyTorch's engine is imported where it is used: it takes seconds, which one rank need not wait.
+
+Run by: `lyceum.train.loop`, on modules that the stage built, before they move to the device. docs/scale.md has the launch
+lines and the arithmetic. What it is not: sequence, context, pipeline or expert parallel; nor for stages that generate while
+they train.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lyceum import dist
+from lyceum.config import Recipe, build, setting
+from lyceum.errors import ConfigError, RunError
+from lyceum.model.transformer import DecoderLayer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from lyceum.run import Work
+    from lyceum.train.stage import Stage
+
+CUT_OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+CUT_IN = ("self_attn.o_proj", "mlp.down_proj")
+PER_HEAD = ("q_norm.weight", "k_norm.weight")  # whole on every rank of a row, which sees only its own heads' gradient
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The `[parallel]` table of a recipe."""
+
+    shard: bool = setting(False, "cut weights, gradients and optimizer state over the ranks (FSDP2)")
+    tensor: int = setting(1, "neighbouring ranks that share each layer's matrices; above 1 also shards", low=1)
+    recompute: bool = setting(False, "keep only the input of each layer, and compute the layer again going back")
+    timeout_s: float = setting(1800.0, "seconds that a rank waits for the others within a step", low=1.0)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether there is more than one rank to cut the model over, and the recipe asks for it."""
+        return dist.world_size() > 1 and (self.shard or self.tensor > 1)
+
+
+def parallel_config(recipe: Recipe) -> ParallelConfig:
+    """The recipe's `[parallel]` table.
+
+    Raises:
+        ConfigError: a wrong setting, or ranks that are no multiple of `tensor`.
+    """
+    where = f"[parallel] in {recipe.path}"
+    config = build(ParallelConfig, recipe.parallel, where)
+    if dist.world_size() % config.tensor:
+        raise ConfigError(
+            f"{where}: tensor is {config.tensor}, and the {dist.world_size()} ranks are no multiple of it",
+            hint="start with torchrun --nproc-per-node a multiple of tensor, or lower tensor",
+        )
+    return config
+
+
+# -------------------------------------------------------------------------------- put on
+
+
+class Parallel:
+    """How one section's ranks train together: `config`, laid out on `mesh` (None with one rank)."""
+
+    def __init__(self, config: ParallelConfig, mesh: Any) -> None:
+        self.config, self.mesh, self.is_sharded = config, mesh, config.is_sharded
+        self.shapes: dict[str, nn.Module] = {}  # the sharded modules as they were, without weights
+
+    def put_on(self, stage: Stage[Any]) -> None:
+        """Recomputes, cuts and shards the stage's trained modules, in place.
+
+        Raises:
+            ConfigError: the stage cannot be trained so, or the model's heads or widths cannot be cut so.
+        """
+        if self.is_sharded and not stage.can_shard:
+            raise ConfigError(
+                f"[parallel] shards the model, and {stage.kind} can only be trained with a whole one on every rank",
+                hint="run this section by itself with --set parallel.shard=false --set parallel.tensor=1",
+            )
+        for name, trained in stage.trained.items():
+            layers = [layer for layer in trained.module.modules() if isinstance(layer, DecoderLayer)]
+            if self.is_sharded:
+                self.shapes[name] = copy.deepcopy(trained.module).to("meta")
+                self._shard(trained.module, layers)
+            if self.config.recompute:
+                for layer in layers:
+                    layer.forward = _recomputed(layer.forward)  # type: ignore[method-assign]
+
+    def _shard(self, module: nn.Module, layers: list[DecoderLayer]) -> None:
+        if self.config.tensor > 1:
+            for layer in layers:
+                _cut(layer, self.config.tensor, self.mesh["tensor"])
+        from torch.distributed.fsdp import fully_shard
+
+        # what a pass returns may be a view, which nothing here writes into
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+        for part in (*layers, module):
+            sharded = fully_shard(part, mesh=self.mesh["data"])
+            sharded.set_gradient_divide_factor(1.0)  # the loop divides by the counts of all ranks: this is a sum
+            sharded.set_force_sum_reduction_for_comms(True)
+
+    def spares(self, micro_batches: list[Any]) -> list[Any]:
+        """What this rank must pass through a sharded model besides its own micro-batches, at a weight of 0.
+
+        A pass needs every rank; one that has fewer micro-batches goes through another's.
+        """
+        if not self.is_sharded:
+            return []
+        numbers = dist.gather([len(micro_batches)])
+        missing = max(numbers) - len(micro_batches)
+        return dist.gather(micro_batches[:1])[:1] * missing if min(numbers) < max(numbers) else []
+
+    @contextmanager
+    def whole(self, stage: Stage[Any], held: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+        """Inside, rank 0's trained modules are in one piece, in its own memory: it answers prompts and saves alone.
+
+        Args:
+            held: name of a trained module -> its tensors, sharded. Every rank must come here.
+        """
+        sharded = {name: stage.trained[name].module for name in self.shapes}
+        for name, shape in self.shapes.items():
+            weights = {key: for_main(local(tensor), tensor).detach() for key, tensor in held[name].items()}
+            if dist.is_main():
+                stage.trained[name].module = copy.deepcopy(shape).to_empty(device="cpu").eval()
+                stage.trained[name].module.load_state_dict(weights)
+        try:
+            yield
+        finally:
+            for name, module in sharded.items():
+                stage.trained[name].module = module
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def again(*args: Any) -> Tensor:
+        return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+
+    return again
+
+
+def _cut(layer: DecoderLayer, tensor: int, mesh: Any) -> None:
+    """Tensor parallel; a head must stand whole on a rank."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    parts = {name: part for name, part in layer.named_modules() if name in (*CUT_OUT, *CUT_IN)}
+    for name, part in parts.items():
+        if type(part) is not nn.Linear:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, and {name} is no plain matrix but a {type(part).__name__}",
+                hint="adapters (lora_rank) are trained with parallel.shard alone",
+            )
+        unit = layer.self_attn.head_width if name.startswith("self_attn") else 1
+        side = part.out_features if name in CUT_OUT else part.in_features
+        if side // unit % tensor:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, and the {side // unit} {'heads' if unit > 1 else 'columns'} of {name} are "
+                "no multiple of it",
+                hint="lower tensor, or give [model] heads, kv_heads and ffn_width that it divides",
+            )
+    parallelize_module(layer, mesh, {n: ColwiseParallel() if n in CUT_OUT else RowwiseParallel() for n in parts})
+
+
+# -------------------------------------------------------------------------------- pieces and wholes
+
+
+def is_piece(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this rank holds a piece of `tensor`: a DTensor, known by its mesh, since its class is slow to import."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece, sharing its memory; of a plain tensor, itself."""
+    if not is_piece(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local().requires_grad_(tensor.requires_grad)
+
+
+def like(piece: Tensor, tensor: Tensor) -> Tensor:
+    """A piece of this rank as a tensor laid out as `tensor` is, sharing its memory."""
+    if not is_piece(tensor):
+        return piece
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return cast(Any, type(tensor.data)).from_local(piece, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+
+
+def whole(piece: Tensor, tensor: Tensor) -> Tensor:
+    """All ranks' pieces of what is laid out as `tensor` is, put together on every rank; every rank must call it."""
+    laid_out = like(piece, tensor)
+    if not is_piece(laid_out):
+        return piece
+    from torch.distributed.tensor import Placement, Replicate
+
+    placements: list[Placement] = list(laid_out.placements)
+    for dim in range(len(placements)):  # what was cut last is joined first; in one call torch warns of two steps
+        placements[dim] = Replicate()
+        laid_out = laid_out.redistribute(placements=placements)
+    return laid_out.to_local()
+
+
+def own(full: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's piece of `full`, which is the same on every rank."""
+    if not is_piece(tensor):
+        return full
+    # the row cut first, then over the rows: fully_shard came after the tensor cut
+    for dim in reversed(range(tensor.device_mesh.ndim)):
+        placement = tensor.placements[dim]
+        if not placement.is_replicate():
+            size, number = tensor.device_mesh.size(dim), tensor.device_mesh.get_local_rank(dim)
+            pieces = full.chunk(size, placement.dim)  # type: ignore[attr-defined]
+            full = pieces[number] if number < len(pieces) else full.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    return full
+
+
+def for_main(piece: Tensor, tensor: Tensor) -> Tensor:
+    """`whole` in rank 0's own memory; every other rank gets nothing, and must call it all the same."""
+    full = whole(piece, tensor)
+    return full if full is piece else full.cpu() if dist.is_main() else full.new_empty(0)
+
+
+def copies(tensor: Tensor, row: int) -> int:
+    """How many ranks of a grid with rows of `row` hold the same piece of `tensor`."""
+    is_cut = is_piece(tensor) and tensor.device_mesh.ndim == 2 and not tensor.placements[-1].is_replicate()
+    return 1 if is_cut else row
+
+
+# -------------------------------------------------------------------------------- a rank that is gone
+
+
+@contextmanager
+def ranks_together(work: Work, device: torch.device) -> Iterator[Parallel]:
+    """Inside, ranks stand as the recipe says; another's end or silence is a RunError that says how to go on."""
+    config = parallel_config(work.recipe)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # which PyTorch's engine takes for this rank's
+        with dist.teams(config.tensor, config.timeout_s, device.type) as mesh:
+            yield Parallel(config, mesh)
+    except RuntimeError as error:
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        is_group = isinstance(error, torch.distributed.DistError) or "gloo" in said.lower()
+        if dist.world_size() == 1 or not is_group:
+            raise
+        raise RunError(
+            f"rank {dist.rank()} of {dist.world_size()} lost another, which ended or was silent too long ({said})",
+            hint=f"see what the others said last; the same command goes on from what is saved in {work.folder.trainer}",
+        ) from error
