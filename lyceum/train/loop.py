@@ -48,6 +48,7 @@ from lyceum.train.parallel import Parallel, ranks_together
 from lyceum.train.stage import Stage, Step
 from lyceum.train.state import STATE, environment, random_states, read_state, write_state
 from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
+from lyceum.train.workers import Workers, num_workers
 
 # Keys of a metrics line that depend on the clock; everything else is the same in a resumed run.
 TIMINGS = ("seconds", "tokens_per_s", "share_of_limit")
@@ -110,6 +111,8 @@ class _Loop:
         for module in stage.frozen.values():
             module.to(stage.device).eval().requires_grad_(False)
         self.learners = {n: Learner(t.module, t.optimizer, self.config.ema) for n, t in stage.trained.items()}
+        is_alone = stage.device.type == "cpu" and not self.parallel.is_sharded
+        self.workers = Workers(num_workers(self.config.micro_tokens) if is_alone else 1)
         self._restore()
         self.metrics.cut_back(self.done)
         self.samples.cut_back(self.done)
@@ -243,13 +246,22 @@ class _Loop:
         """Leaves the gradient of the whole loss, summed over ranks, in every learner's `gradient`."""
         spares = self.parallel.spares(step.micro_batches)
 
+        def loss(micro_batch: Any, sums: Sums) -> Tensor:
+            first, *others = self._losses(micro_batch, counts, sums).values()
+            return sum(others, first)
+
         def attempt(sums: Sums) -> None:
             for learner in self.learners.values():
                 learner.gradient.zero_()
                 learner.accumulate_in(learner.gradient)
+            piles = self.workers.deal(step.micro_batches, self.stage.halves)
+            if len(piles) > 1:
+                found: list[Sums] = [{} for _ in piles]
+                self.workers.backward(piles, loss, found, list(self.learners.values()))
+                _merge(sums, *found)
+                return
             for micro_batch in step.micro_batches:
-                first, *others = self._losses(micro_batch, counts, sums).values()
-                sum(others, first).backward()
+                loss(micro_batch, sums).backward()
             for spare in spares:
                 torch.stack([0.0 * term.total for term in self.stage.loss(spare)[0].values()]).sum().backward()
 
@@ -293,8 +305,7 @@ class _Loop:
             except torch.OutOfMemoryError as error:
                 failed = str(error).splitlines()[0]
             else:
-                for name, (total, count) in found.items():
-                    _add(sums, name, total, count)
+                _merge(sums, found)
                 return
             if self.parallel.is_sharded:  # the other ranks are in the middle of that pass
                 raise ResourceError(
@@ -487,6 +498,12 @@ class _Loop:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _merge(sums: Sums, *others: Sums) -> None:
+    for other in others:
+        for name, (total, count) in other.items():
+            _add(sums, name, total, count)
 
 
 def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:

@@ -212,11 +212,12 @@ class Learner:
 
     def accumulate_in(self, flat: Tensor) -> None:
         """Makes every parameter's .grad a view of `flat`, so that backward passes add to what stands there."""
-        for parameter, piece, view in zip(self.named.values(), self.parameters, self._views(flat), strict=True):
+        for parameter, piece, view in zip(self.named.values(), self.parameters, self.views(flat), strict=True):
             piece.grad = view
             parameter.grad = like(view, parameter)
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """`flat` as one view for each parameter, shaped like it."""
         views = flat.split([piece.numel() for piece in self.parameters])
         return [view.view_as(piece) for view, piece in zip(views, self.parameters, strict=True)]
 
@@ -225,14 +226,14 @@ class Learner:
         if not self.is_sharded:
             dist.sum_tensors(flat)
         elif self.row > 1:  # FSDP has summed over the copies; a row's ranks have each seen their own heads
-            views = zip(self.named, self._views(flat), strict=True)
+            views = zip(self.named, self.views(flat), strict=True)
             dist.sum_row([view for name, view in views if name.endswith(PER_HEAD)])
 
     def norm(self, flat: Tensor) -> float:
         """The norm of a summed gradient, over all pieces of it."""
         if not self.is_sharded:
             return float(flat.norm())
-        pieces = zip(self.named.values(), self._views(flat), strict=True)
+        pieces = zip(self.named.values(), self.views(flat), strict=True)
         squares = sum(float(view.double().square().sum()) / copies(p, self.row) for p, view in pieces)
         return math.sqrt(dist.sum_everywhere(squares))
 

@@ -202,7 +202,10 @@ class Stage(ABC, Generic[MicroBatch]):
         """
 
     def halves(self, micro_batch: MicroBatch) -> list[MicroBatch]:
-        """The micro-batch in two, for a device that is out of memory; one that cannot be cut is returned as it is."""
+        """The micro-batch in two, for a device out of memory or for threads; one that cannot be cut is returned as it is.
+
+        A stage that cuts promises that `loss` is a function of weights and micro-batch alone: threads call it at once.
+        """
         return [micro_batch]
 
     def before_step(self, step: Step[MicroBatch]) -> None:

@@ -1,0 +1,102 @@
+"""Pieces of a micro-batch side by side on a CPU, each on a thread of its own.
+
+Why: in a model of a few million parameters one operator is too short to be worth cutting over cores, and whatever stands
+between two operators runs on one. So every worker takes a part of the rows through the whole forward and backward pass
+with its share of torch's threads; Python's lock is no hindrance, because torch lets go of it inside every operator.
+`bench/workers.py` measures what it brings.
+
+The numbers depend on how many workers there are, as they do on the number of threads, and on nothing else: each adds up
+its pieces in their order, and the workers' sums are added in theirs, whichever of them ends first.
+
+What it is not: for a GPU, where one stream of large operators is what is wanted, nor for a sharded model, whose ranks are
+the workers. A stage whose micro-batches cannot be halved stays on one thread of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lyceum.train.optim import Learner
+
+T = TypeVar("T")
+
+MIN_TOKENS = 1024  # of a worker's piece: below this, products of matrices no longer fill even one core
+
+
+def num_workers(micro_tokens: int) -> int:
+    """How many pieces a micro-batch of `micro_tokens` tokens is cut into on a CPU: a power of two."""
+    count = 1
+    while 2 * count <= min(torch.get_num_threads(), micro_tokens // MIN_TOKENS):
+        count *= 2
+    return count
+
+
+class Workers:
+    """`count` threads, this one among them, that share the threads torch has now."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.threads = count, torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(count - 1, "worker") if count > 1 else None
+
+    def deal(self, micro_batches: Sequence[Any], halves: Callable[[Any], list[Any]]) -> list[list[Any]]:
+        """The micro-batches, cut, as one pile for each worker; all in one pile where `halves` cuts none of them.
+
+        One that is not cut goes whole to whose turn it is.
+        """
+        parts: list[Any] = []
+        for micro_batch in micro_batches:
+            pieces = [micro_batch]
+            for _ in range(self.count.bit_length() - 1):
+                pieces = [half for piece in pieces for half in halves(piece)]
+            parts += pieces
+        if len(parts) < max(self.count, len(micro_batches) + 1):
+            return [list(micro_batches)]
+        return [parts[number :: self.count] for number in range(self.count)]
+
+    def backward(
+        self,
+        piles: Sequence[Sequence[Any]],
+        loss: Callable[[Any, T], Tensor],
+        found: Sequence[T],
+        learners: list[Learner],
+    ) -> None:
+        """Add the gradient of every piece's `loss` to its learners' `gradient`.
+
+        Args:
+            loss: (piece, what its worker has found so far) -> a differentiable number; called by several threads.
+            found: for each worker something that only it writes to.
+        """
+        parameters = [parameter for learner in learners for parameter in learner.parameters]
+
+        def go(number: int) -> list[Tensor]:
+            flats = [learner.gradient if number == 0 else torch.zeros_like(learner.gradient) for learner in learners]
+            views = [view for learner, flat in zip(learners, flats, strict=True) for view in learner.views(flat)]
+            for piece in piles[number]:
+                grads = torch.autograd.grad(loss(piece, found[number]), parameters, allow_unused=True)
+                used = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
+                torch._foreach_add_([view for view, _ in used], [grad for _, grad in used])
+            return flats
+
+        for flats in self._side_by_side(go)[1:]:
+            torch._foreach_add_([learner.gradient for learner in learners], flats)
+
+    def _side_by_side(self, go: Callable[[int], T]) -> list[T]:
+        """`[go(0), go(1), ...]`, the first in this thread; waits for all of them even where one fails."""
+        share = max(1, self.threads // self.count)
+
+        def work(number: int) -> T:
+            torch.set_num_threads(share)
+            return go(number)
+
+        assert self.pool is not None
+        others = [self.pool.submit(work, number) for number in range(1, self.count)]
+        try:
+            return [work(0), *(other.result() for other in others)]
+        finally:
+            wait(others)
+            torch.set_num_threads(self.threads)
