@@ -3,9 +3,9 @@
     python bench/demo_speed.py [--threads N] [--rounds 8] [--steps 5] [--force]
 
 Both models have the demo's shape (4 layers of width 128, four heads of 32, vocabulary 2,048, tied) and train in fp32,
-eager, on the same random tokens, 16 rows of 128, with the same AdamW, in this one process, in turn: A B A B ... Ours
-is Qwen3's architecture, so it does a little more than Llama's: an RMSNorm on every query and key head. Each row gives
-127 targets to both.
+eager, on the same random tokens, 16 rows of 128, with the same AdamW, in this one process, in turn: A B A B ... "Uncut"
+is ours without workers that share the rows: one operator on all cores after the other. Ours is Qwen3's architecture, so
+it does a little more than Llama's: an RMSNorm on every query and key head. Each row gives 127 targets to both.
 
 The limit is what is left if nothing but matrix products took time: the best GFLOP/s over a few shapes, measured here,
 over the operations of a token. Measuring beside other busy processes is worthless (two threads on two cores collapse
@@ -47,8 +47,15 @@ def main() -> int:
 
     torch.manual_seed(0)
     tokens = torch.randint(VOCABULARY, (ROWS, ROW_TOKENS))
-    spec, ours = our_step(tokens)
-    steps = {"lyceum": ours, "transformers": transformers_step(spec, tokens)}
+    from lyceum.model.spec import ModelSpec
+    from lyceum.model.transformer import Decoder
+
+    spec, _ = ModelSpec.from_depth(DEPTH, vocab_size=VOCABULARY)
+    steps = {
+        "lyceum": our_step(Decoder(spec), tokens),
+        "lyceum, uncut": our_step(Decoder(spec), tokens, is_cut=False),
+        "transformers": transformers_step(spec, tokens),
+    }
     speeds = take_turns(steps, tokens.numel(), arguments.rounds, arguments.steps)
     shapes = [(spec.width, spec.ffn_width), (spec.ffn_width, spec.width), (1024, 1024)]
     limit_gflops = device.matmul_flops(shapes, tokens.numel()) / 1e9
@@ -84,26 +91,38 @@ def report(figures: dict[str, Any]) -> None:
     print(json.dumps(figures))
 
 
-def our_step(tokens: Any) -> tuple[Any, Callable[[], None]]:
-    """Our decoder and one training step of it, with the loss that the stages use."""
+def our_step(model: Any, tokens: Any, is_cut: bool = True) -> Callable[[], None]:
+    """One training step of a decoder of ours, of the parts that the loop is made of.
+
+    Args:
+        tokens: (B, T + 1); is_cut: whether workers may share the rows (`lyceum.train.workers`).
+    """
     import torch
 
-    from lyceum.model.spec import ModelSpec
-    from lyceum.model.transformer import Decoder
+    from lyceum.batches.pack import TokenBatch
     from lyceum.train.losses import next_token_loss
+    from lyceum.train.optim import Learner, OptimizerSettings
+    from lyceum.train.workers import Workers, num_workers
 
-    spec, _ = ModelSpec.from_depth(DEPTH, vocab_size=VOCABULARY)
-    decoder = Decoder(spec)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
-    weights = torch.ones(tokens.shape)
+    learner = Learner(model, OptimizerSettings(lr=1e-3))
+    workers = Workers(num_workers(tokens.numel()) if is_cut else 1)
+    weights = torch.ones(tokens.shape).index_fill(1, torch.tensor([0]), 0.0)
+    batch = TokenBatch(tokens, weights, torch.full((len(tokens),), tokens.shape[1]))
+    piles = workers.deal([batch], TokenBatch.halves)
+
+    def loss(piece: TokenBatch, _: None = None) -> torch.Tensor:
+        return next_token_loss(model, piece.tokens_BT, piece.weights_BT)[0] / batch.num_targets
 
     def step() -> None:
-        total, count, _ = next_token_loss(decoder, tokens, weights)
-        (total / count).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        learner.gradient.zero_()
+        if len(piles) > 1:
+            workers.backward(piles, loss, [None] * len(piles), [learner])
+        else:
+            learner.accumulate_in(learner.gradient)
+            loss(batch).backward()
+        learner.update(1.0)
 
-    return spec, step
+    return step
 
 
 def transformers_step(spec: Any, tokens: Any) -> Callable[[], None]:

@@ -86,6 +86,25 @@ class RankingBatch:
         """Real tokens, pads not counted."""
         return int(self.lengths_B.sum())
 
+    def halves(self) -> list[RankingBatch]:
+        """The first and the second half of the prompts, each as wide as its longest row; one prompt stays whole."""
+        middle = self.num_groups // 2
+        if not middle:
+            return [self]
+        row = int((self.group_B < middle).sum())
+        return [self._part(slice(0, row), slice(0, middle)), self._part(slice(row, None), slice(middle, None))]
+
+    def _part(self, rows: slice, groups: slice) -> RankingBatch:
+        width = int(self.lengths_B[rows].max())
+        return RankingBatch(
+            self.tokens_BT[rows, :width],
+            self.lengths_B[rows],
+            self.group_B[rows] - (groups.start or 0),
+            self.ranks_B[rows],
+            None if self.probabilities_B is None else self.probabilities_B[rows],
+            self.meta[groups],
+        )
+
 
 def encode_rankings(
     rankings: Iterable[Ranking], chat: ChatFormat, context_length: int | None = None

@@ -421,6 +421,10 @@ class PPO(Stage["Rollout | TokenBatch"]):
         terms = {"policy": Term(policy_BT.sum()), "value": Term(error_BT.sum(), config.vf_coef)}
         return terms, {name: (value.sum(), count) for name, value in sums.items()}
 
+    def halves(self, micro_batch: Rollout | TokenBatch) -> list[Rollout | TokenBatch]:
+        """Its rows in two."""
+        return [*micro_batch.halves()]
+
     def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adds the figures of the iteration's rollout to every line."""
         spread = metrics["val/ratio_var"] - (metrics["val/ratio"] - 1.0) ** 2

@@ -297,6 +297,10 @@ class Reward(Stage[RankingBatch]):
             "score": (score_B.detach().sum(), float(len(score_B))),
         }
 
+    def halves(self, micro_batch: RankingBatch) -> list[RankingBatch]:
+        """Its prompts in two."""
+        return micro_batch.halves()
+
     def score_all(self, rankings: Sequence[EncodedRanking]) -> list[list[float]]:
         """Raw scores of every response, ranking by ranking."""
         flat = score_responses(self.model, [row for ranking in rankings for row in ranking.rows])

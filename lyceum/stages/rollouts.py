@@ -84,6 +84,11 @@ class Rollout:
         chosen = {f.name: getattr(self, f.name)[index] for f in fields(self)}
         return Rollout(**{name: v[:, :longest] if v.dim() == 2 else v for name, v in chosen.items()})
 
+    def halves(self) -> list[Rollout]:
+        """The first and the second half of the episodes; one episode stays whole."""
+        count = len(self.lengths_B)
+        return [self.rows(range(count // 2)), self.rows(range(count // 2, count))] if count > 1 else [self]
+
 
 def make_rollout(
     prompts: Sequence[Ids],
