@@ -110,13 +110,13 @@ def our_step(model: Any, tokens: Any, is_cut: bool = True) -> Callable[[], None]
     batch = TokenBatch(tokens, weights, torch.full((len(tokens),), tokens.shape[1]))
     piles = workers.deal([batch], TokenBatch.halves)
 
-    def loss(piece: TokenBatch, _: None = None) -> torch.Tensor:
+    def loss(piece: TokenBatch, sums: Any = None) -> torch.Tensor:
         return next_token_loss(model, piece.tokens_BT, piece.weights_BT)[0] / batch.num_targets
 
     def step() -> None:
         learner.gradient.zero_()
         if len(piles) > 1:
-            workers.backward(piles, loss, [None] * len(piles), [learner])
+            workers.backward(piles, loss, {}, [learner])
         else:
             learner.accumulate_in(learner.gradient)
             loss(batch).backward()

@@ -9,7 +9,7 @@
     [watch]                  # how a run is watched (lyceum/train/watch.py): changes no section
     tensorboard = true
 
-    [parallel]               # one model over many ranks (lyceum/train/parallel.py): changes no section
+    [machine]               # one model over many ranks (lyceum/train/parallel.py): changes no section
     shard = true
 
     [corpus]                 # a section: its kind, which is also its name and its folder
@@ -194,7 +194,7 @@ class Recipe:
     sections: tuple[Section, ...]
     path: Path
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)
-    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
@@ -245,11 +245,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         sections=tuple(_sections(tables, headers, path)),
         path=path,
         watch=dict(tables.get("watch", {})),
-        parallel=dict(tables.get("parallel", {})),
+        machine=dict(tables.get("machine", {})),
     )
 
 
-TABLES = ("model", "watch", "parallel")  # headers that make no section
+TABLES = ("model", "watch", "machine")  # headers that make no section
 HEADER = re.compile(r"^\s*\[\s*([\w-]+)\s*(?:\.\s*([\w-]+)\s*)?\]", re.MULTILINE)
 
 

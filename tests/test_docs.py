@@ -238,13 +238,13 @@ def test_the_settings_on_a_page_are_those_of_the_code(kind: str) -> None:
 
 def test_the_shared_settings_and_the_models_are_those_of_the_code() -> None:
     from lyceum.model.spec import ModelConfig
-    from lyceum.train.parallel import ParallelConfig
+    from lyceum.train.parallel import MachineConfig
     from lyceum.train.stage import TrainConfig
     from lyceum.train.watch import WatchConfig
 
     real = {
         name: value
-        for c in (TrainConfig, ModelConfig, WatchConfig, ParallelConfig)
+        for c in (TrainConfig, ModelConfig, WatchConfig, MachineConfig)
         for name, value in defaults(c).items()
     }
     assert dict(settings_tables(ROOT / "docs" / "architecture.md")) == real

@@ -31,7 +31,7 @@ from lyceum.model.hub import read_json, read_spec
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
 from lyceum.train.memory import BASE_BYTES, PARTS, Memory, added, cache_memory, frozen_memory, total, training_memory
-from lyceum.train.parallel import ParallelConfig
+from lyceum.train.parallel import MachineConfig
 
 CPU_SHARE = 0.37
 MFU, MFU_WIDTH = 0.40, 1024
@@ -181,7 +181,7 @@ def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
 
 
 def _recomputes(recipe: Recipe) -> bool:
-    return bool(recipe.parallel.get("recompute", False))
+    return bool(recipe.machine.get("recompute", False))
 
 
 def _example(spec: ModelSpec) -> int:
@@ -234,7 +234,7 @@ def memory_there() -> tuple[float, float, str]:
     return device.memory_bytes() / ranks, float(BASE_BYTES), name
 
 
-def check_memory(found: Sequence[Need], parallel: ParallelConfig | None = None) -> None:
+def check_memory(found: Sequence[Need], machine: MachineConfig | None = None) -> None:
     """Refuse what cannot fit into this machine's memory, or this GPU's.
 
     A sharded model is cut over the GPUs; on a CPU every rank has made it whole, and rank 0 puts its state together.
@@ -243,8 +243,8 @@ def check_memory(found: Sequence[Need], parallel: ParallelConfig | None = None) 
     there, base, name = memory_there()
     for need in found:
         needed = base + total(need.memory)
-        if parallel and parallel.is_sharded and not base:
-            needed = cut_memory(need.memory, need.spec, dist.world_size(), parallel.tensor)
+        if machine and machine.is_sharded and not base:
+            needed = cut_memory(need.memory, need.spec, dist.world_size(), machine.tensor)
         if needed > there > 0:
             largest = max(PARTS, key=lambda part: need.memory[part])
             by_micro = largest in ("activations", "logits")
@@ -301,7 +301,7 @@ def plan(
         f"memory is beside {_gb(BASE_BYTES)} of Python and torch",
         f"a GPU: {MFU:.0%} of its dense bf16 peak from width {MFU_WIDTH:,} up, in proportion below; fp32 weights and "
         f"optimizer; {ROOM:.0%} of its memory",
-        "FSDP and TP are what the memory asks for: the recipe's [parallel], for pretrain and sft; reward and ppo are data "
+        "FSDP and TP are what the memory asks for: the recipe's [machine], for pretrain and sft; reward and ppo are data "
         "parallel only",
     ]
     return "\n".join(lines).strip()

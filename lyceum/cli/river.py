@@ -44,7 +44,7 @@ from lyceum.run import (
     write_json,
     write_text,
 )
-from lyceum.train.parallel import parallel_config
+from lyceum.train.parallel import machine_config
 from lyceum.train.watch import watch_config
 
 # -------------------------------------------------------------------------------- the table of kinds
@@ -281,7 +281,7 @@ def run_recipe(
     try:
         steps = plan(recipe)
         watch_config(recipe)
-        parallel_config(recipe)
+        machine_config(recipe)
         chosen = choose(steps, first, last)
         with Run.open(recipe, runs_dir) if dist.is_main() else Run(path) as run:
             missing_inputs(run, steps, chosen)
@@ -318,7 +318,7 @@ def _check_memory(run: Run, recipe: Recipe, steps: Sequence[Step], chosen: Seque
 
     begins = {step.name for step in chosen if not run.is_finished(step.name, step.key)}
     found = [need for need in needs(recipe, steps, run.path) if need.name in begins]
-    check_memory(found, parallel_config(recipe))
+    check_memory(found, machine_config(recipe))
 
 
 def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:

@@ -34,6 +34,8 @@ def is_fast(x: Tensor, *linears: nn.Module) -> bool:
     `linears` are the layers whose weights it would read: they must be bare, without adapters, quantised weights or
     weights of which this rank holds a part (FSDP2 gathers a layer's before the layer runs; tensor parallel does not).
     """
+    if torch.compiler.is_compiling():  # the compiler fuses the plain line itself
+        return False
     is_plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     is_bare = all(type(it) is nn.Linear and it.bias is None and type(it.weight) is nn.Parameter for it in linears)
     return is_plain and is_bare and x.numel() >= MIN_NUMBERS and not torch.is_autocast_enabled("cpu")
@@ -53,7 +55,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if is_fast(x):
             return FastRMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class FastRMSNorm(torch.autograd.Function):
@@ -121,6 +123,9 @@ def rotate(x_BTHE: Tensor, table: Tensor) -> Tensor:
 
     `table` is (T, E/2) for rows that start at position 0, or (B, T, E/2).
     """
+    if torch.compiler.is_compiling():  # which does not fuse complex numbers
+        (a, b), (cos, sin) = x_BTHE.chunk(2, dim=-1), torch.view_as_real(table).unsqueeze(-3).unbind(-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x_BTHE)
     pairs = torch.complex(*x_BTHE.to(table.dtype.to_real()).chunk(2, dim=-1)) * table.unsqueeze(-2)
     return torch.cat((pairs.real, pairs.imag), dim=-1).type_as(x_BTHE)
 

@@ -48,12 +48,10 @@ from lyceum.train.parallel import Parallel, ranks_together
 from lyceum.train.stage import Stage, Step
 from lyceum.train.state import STATE, environment, random_states, read_state, write_state
 from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
-from lyceum.train.workers import Workers, num_workers
+from lyceum.train.workers import Sums, Workers, add, merge, num_workers
 
 # Keys of a metrics line that depend on the clock; everything else is the same in a resumed run.
 TIMINGS = ("seconds", "tokens_per_s", "share_of_limit")
-
-Sums = dict[str, list[float]]  # name -> [total, count]
 
 
 def run_stage(stage: Stage[Any], work: Work) -> dict[str, Any]:
@@ -231,7 +229,7 @@ class _Loop:
         sums: Sums = {}
         for micro_batch in step.micro_batches:
             for term, count in self.stage.counts(micro_batch).items():
-                _add(sums, term, count, 0.0)
+                add(sums, term, count, 0.0)
         counts = {term: total for term, (total, _) in dist.sum_pairs(sums).items()}
         empty = [term for term, count in counts.items() if not count > 0]
         if empty or not counts:
@@ -256,9 +254,7 @@ class _Loop:
                 learner.accumulate_in(learner.gradient)
             piles = self.workers.deal(step.micro_batches, self.stage.halves)
             if len(piles) > 1:
-                found: list[Sums] = [{} for _ in piles]
-                self.workers.backward(piles, loss, found, list(self.learners.values()))
-                _merge(sums, *found)
+                self.workers.backward(piles, loss, sums, list(self.learners.values()))
                 return
             for micro_batch in step.micro_batches:
                 loss(micro_batch, sums).backward()
@@ -305,12 +301,12 @@ class _Loop:
             except torch.OutOfMemoryError as error:
                 failed = str(error).splitlines()[0]
             else:
-                _merge(sums, found)
+                merge(sums, found)
                 return
             if self.parallel.is_sharded:  # the other ranks are in the middle of that pass
                 raise ResourceError(
                     f"{self.stage.kind}: a micro-batch does not fit into the device's memory: {failed}",
-                    hint="lower micro_tokens, or set parallel.recompute = true",
+                    hint="lower micro_tokens, or set machine.recompute = true",
                 )
             torch.cuda.empty_cache()  # here, where the traceback no longer holds the failed pass
             before = len(step.micro_batches)
@@ -329,14 +325,15 @@ class _Loop:
 
     def _losses(self, micro_batch: Any, counts: dict[str, float], sums: Sums) -> dict[str, Tensor]:
         """Term -> its differentiable share of the step's loss; totals and metrics are added to `sums`."""
-        terms, metrics = self.stage.loss(micro_batch)
+        with self.parallel.precision(self.stage):
+            terms, metrics = self.stage.loss(micro_batch)
         assert terms and terms.keys() <= counts.keys(), f"{self.stage.kind}: counts() and loss() name other terms"
         losses = {name: term.total * (term.weight / counts[name]) for name, term in terms.items()}
         for name, loss in losses.items():
-            _add(sums, f"loss/{name}", terms[name].total, 0.0)
-            _add(sums, "loss", loss, 0.0)
+            add(sums, f"loss/{name}", terms[name].total, 0.0)
+            add(sums, "loss", loss, 0.0)
         for name, (total, count) in metrics.items():
-            _add(sums, name, total, count)
+            add(sums, name, total, count)
         if not self.not_finite and not math.isfinite(sums["loss"][0]):
             self.not_finite = [micro_batch]
         return losses
@@ -498,15 +495,3 @@ class _Loop:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _merge(sums: Sums, *others: Sums) -> None:
-    for other in others:
-        for name, (total, count) in other.items():
-            _add(sums, name, total, count)
-
-
-def _add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:
-    pair = sums.setdefault(name, [0.0, 0.0])
-    pair[0] += float(total.detach()) if isinstance(total, Tensor) else float(total)
-    pair[1] += float(count)

@@ -2,7 +2,8 @@
 
 Why: at a vocabulary of a few thousand pieces the logits are the largest tensor of a step, and in fine-tuning most
 tokens are prompt, whose logits nobody needs. So hidden rows are gathered first, logits are made a chunk at a time, and
-the gradient is computed in the forward pass, while a chunk's softmax is still in the cache; no chunk is kept.
+the gradient is computed in the forward pass, while a chunk's softmax is still in the cache; no chunk is kept. Under
+autocast the products are in the lower precision; the softmax and all sums are not.
 
 Run by: pretraining, fine-tuning and PPO's pretraining mix, through `next_token_loss`.
 
@@ -27,14 +28,26 @@ from lyceum.train.stage import Metrics
 if TYPE_CHECKING:
     from lyceum.batches.pack import TokenBatch
 
-# One chunk of logits is about 2 MB in fp32: larger ones leave the cache, smaller ones starve the matrix product.
-_CHUNK_LOGITS = 1 << 19
+# One chunk of logits on a CPU is about 2 MB in fp32: larger ones leave the cache, smaller ones starve the matrix product.
+# A GPU has no such cache; there 256 MB are enough to fill it and little beside its memory.
+_CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 26}
 _MIN_CHUNK_ROWS = 128
 
 
-def chunk_rows(num_rows: int, vocab_size: int) -> int:
+def chunk_rows(num_rows: int, vocab_size: int, device_type: str = "cpu") -> int:
     """Rows of logits that exist at once, of `num_rows`."""
-    return min(max(num_rows, 1), max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // vocab_size))
+    return min(max(num_rows, 1), max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS[device_type] // vocab_size))
+
+
+def _product_type(tensor: Tensor) -> torch.dtype:
+    """The type of matrix products of `tensor`: lower than its own under autocast."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b, where `out` may be of a higher precision."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.mm(a, b))
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -50,12 +63,13 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_head_VD = torch.zeros_like(head_VD) if needs_head else None
         total = torch.zeros((), dtype=hidden_ND.dtype, device=hidden_ND.device)
         hits = torch.zeros((), dtype=torch.long, device=hidden_ND.device)
-        size = chunk_rows(num_rows, vocab_size)
+        size, low = chunk_rows(num_rows, vocab_size, hidden_ND.device.type), _product_type(hidden_ND)
+        low_ND, low_VD = hidden_ND.to(low), head_VD.to(low)
         buffer = hidden_ND.new_empty(size, vocab_size)
         for start in range(0, num_rows, size):
             rows = slice(start, min(start + size, num_rows))
             targets_C1, weights_C1 = targets_N[rows, None], weights_N[rows, None]
-            logp_CV = torch.mm(hidden_ND[rows], head_VD.t(), out=buffer[: len(targets_C1)])
+            logp_CV = _multiply(low_ND[rows], low_VD.t(), out=buffer[: len(targets_C1)])
             torch.log_softmax(logp_CV, 1, out=logp_CV)
             chosen_C1 = logp_CV.gather(1, targets_C1)
             total -= (chosen_C1 * weights_C1).sum()
@@ -64,10 +78,12 @@ class _CrossEntropySum(torch.autograd.Function):
                 continue
             # d loss / d logits = weight * (softmax - onehot)
             dlogits_CV = logp_CV.exp_().scatter_add_(1, targets_C1, torch.full_like(chosen_C1, -1.0)).mul_(weights_C1)
+            low_CV = dlogits_CV.to(low)
             if grad_hidden_ND is not None:
-                torch.mm(dlogits_CV, head_VD, out=grad_hidden_ND[rows])
+                _multiply(low_CV, low_VD, out=grad_hidden_ND[rows])
             if grad_head_VD is not None:
-                grad_head_VD.addmm_(dlogits_CV.t(), hidden_ND[rows])
+                product = (low_CV.t(), low_ND[rows])
+                grad_head_VD.addmm_(*product) if low == grad_head_VD.dtype else grad_head_VD.add_(torch.mm(*product))
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         ctx.mark_non_differentiable(hits)
         return total, hits

@@ -1,29 +1,36 @@
-"""One model over many ranks: the recipe's `[parallel]` table, put on from outside by PyTorch's own engine.
+"""How training is laid out on the machine: the recipe's `[machine]` table, put on from outside by PyTorch's own engine.
 
-    [parallel]
+    [machine]
     shard = true             # weights, gradients and optimizer state cut over the ranks (FSDP2)
     tensor = 8               # and each layer's matrices over 8 neighbouring ranks (tensor parallel)
     recompute = true         # activation checkpointing
+    precision = "bf16"       # of products; weights, sums and the optimizer stay in fp32 (mixed precision)
+    compile = "yes"          # a layer's operators fused by torch.compile
 
 Under `shard` every decoder layer is gathered before it computes and let go after (Rajbhandari et al. 2020, ZeRO stage 3;
 `torch.distributed.fsdp.fully_shard`). Under `tensor` the ranks of a row hold columns of q, k, v, gate and up and rows of o
 and down, as Shoeybi et al. 2019 (Megatron-LM, section 3) cut them; embeddings, norms and the output layer stand whole in
-every row, and are cut over the rows. The numbers trained stay the same up to rounding, so the table is part of no key.
+every row, and are cut over the rows. But for bf16 the numbers trained stay the same up to rounding: the table is part of no
+key. bf16 needs no scaling of the loss, since it has the exponents of fp32 (Kalamkar et al. 2019).
+
+One layer is compiled, not the model: all layers share its code, so that the wait does not grow with the depth, and what
+stands between them (logits in chunks, hooks of FSDP) stays as it is.
 
 A sharded parameter is a DTensor. What updates weights sees only `local` pieces, plain tensors; `whole` and `own` lead to
 the full tensor and back. PyTorch's engine is imported where it is used: it takes seconds, which one rank need not wait.
 
 Run by: `lyceum.train.loop`, on modules that the stage built, before they move to the device. docs/scale.md has the launch
 lines and the arithmetic. What it is not: sequence, context, pipeline or expert parallel; nor for stages that generate while
-they train.
+they train, whose log-probabilities must be those of their engine; these also stay in fp32.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -34,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from lyceum import dist
 from lyceum.config import Recipe, build, setting
 from lyceum.errors import ConfigError, RunError
+from lyceum.log import log
 from lyceum.model.transformer import DecoderLayer
 
 if TYPE_CHECKING:
@@ -44,16 +52,24 @@ if TYPE_CHECKING:
 
 CUT_OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 CUT_IN = ("self_attn.o_proj", "mlp.down_proj")
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e18}  # from here on it pays: some 20 minutes of two cores, an hour of a GPU
 PER_HEAD = ("q_norm.weight", "k_norm.weight")  # whole on every rank of a row, which sees only its own heads' gradient
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """The `[parallel]` table of a recipe."""
+class MachineConfig:
+    """The `[machine]` table of a recipe."""
 
     shard: bool = setting(False, "cut weights, gradients and optimizer state over the ranks (FSDP2)")
     tensor: int = setting(1, "neighbouring ranks that share each layer's matrices; above 1 also shards", low=1)
     recompute: bool = setting(False, "keep only the input of each layer, and compute the layer again going back")
+    precision: str = setting(
+        "auto", "of products: bf16, fp32, or auto: bf16 on a GPU that has it", choices=("auto", "bf16", "fp32")
+    )
+    compile: str = setting(
+        "auto", "torch.compile of the layers: auto where a pretraining is long enough", choices=("auto", "yes", "no")
+    )
     timeout_s: float = setting(1800.0, "seconds that a rank waits for the others within a step", low=1.0)
 
     @property
@@ -62,14 +78,14 @@ class ParallelConfig:
         return dist.world_size() > 1 and (self.shard or self.tensor > 1)
 
 
-def parallel_config(recipe: Recipe) -> ParallelConfig:
-    """The recipe's `[parallel]` table.
+def machine_config(recipe: Recipe) -> MachineConfig:
+    """The recipe's `[machine]` table.
 
     Raises:
         ConfigError: a wrong setting, or ranks that are no multiple of `tensor`.
     """
-    where = f"[parallel] in {recipe.path}"
-    config = build(ParallelConfig, recipe.parallel, where)
+    where = f"[machine] in {recipe.path}"
+    config = build(MachineConfig, recipe.machine, where)
     if dist.world_size() % config.tensor:
         raise ConfigError(
             f"{where}: tensor is {config.tensor}, and the {dist.world_size()} ranks are no multiple of it",
@@ -84,7 +100,7 @@ def parallel_config(recipe: Recipe) -> ParallelConfig:
 class Parallel:
     """How one section's ranks train together: `config`, laid out on `mesh` (None with one rank)."""
 
-    def __init__(self, config: ParallelConfig, mesh: Any) -> None:
+    def __init__(self, config: MachineConfig, mesh: Any) -> None:
         self.config, self.mesh, self.is_sharded = config, mesh, config.is_sharded
         self.shapes: dict[str, nn.Module] = {}  # the sharded modules as they were, without weights
 
@@ -96,16 +112,18 @@ class Parallel:
         """
         if self.is_sharded and not stage.can_shard:
             raise ConfigError(
-                f"[parallel] shards the model, and {stage.kind} can only be trained with a whole one on every rank",
-                hint="run this section by itself with --set parallel.shard=false --set parallel.tensor=1",
+                f"[machine] shards the model, and {stage.kind} can only be trained with a whole one on every rank",
+                hint="run this section by itself with --set machine.shard=false --set machine.tensor=1",
             )
         for name, trained in stage.trained.items():
             layers = [layer for layer in trained.module.modules() if isinstance(layer, DecoderLayer)]
             if self.is_sharded:
                 self.shapes[name] = copy.deepcopy(trained.module).to("meta")
                 self._shard(trained.module, layers)
-            if self.config.recompute:
-                for layer in layers:
+            for layer in layers:
+                if self._compiles(stage):
+                    layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
+                if self.config.recompute:
                     layer.forward = _recomputed(layer.forward)  # type: ignore[method-assign]
 
     def _shard(self, module: nn.Module, layers: list[DecoderLayer]) -> None:
@@ -120,6 +138,35 @@ class Parallel:
             sharded = fully_shard(part, mesh=self.mesh["data"])
             sharded.set_gradient_divide_factor(1.0)  # the loop divides by the counts of all ranks: this is a sum
             sharded.set_force_sum_reduction_for_comms(True)
+
+    def _compiles(self, stage: Stage[Any]) -> bool:
+        """Only rows of one length are worth it: every length is compiled anew. Decided by what does not vary."""
+        rows_vary = not stage.flops_per_token
+        if self.config.compile == "yes" and rows_vary:
+            raise ConfigError(
+                f"machine.compile is yes, and the rows of {stage.kind} have many lengths",
+                hint="set it to auto, which compiles pretraining only",
+            )
+        if self.config.compile == "no" or rows_vary:
+            return False
+        flops = stage.flops_per_token * stage.num_steps * stage.config.batch_tokens
+        is_worth_it = self.config.compile == "yes" or flops > COMPILE_FLOPS[stage.device.type]
+        if is_worth_it and stage.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+            said = f"torch.compile needs a C++ compiler, and there is none of {', '.join(COMPILERS)}"
+            if self.config.compile == "yes":
+                raise ConfigError(said, hint="install g++, or leave machine.compile at auto")
+            log.info(f"  {said}: layers run operator by operator")
+            return False
+        return is_worth_it
+
+    def precision(self, stage: Stage[Any]) -> AbstractContextManager[Any]:
+        """Inside, products are in bf16 where the table says so."""
+        return torch.autocast(stage.device.type, torch.bfloat16) if self._is_low(stage) else nullcontext()
+
+    def _is_low(self, stage: Stage[Any]) -> bool:
+        if not stage.can_shard or self.config.precision == "fp32":
+            return False
+        return self.config.precision == "bf16" or (stage.device.type == "cuda" and torch.cuda.is_bf16_supported(False))
 
     def spares(self, micro_batches: list[Any]) -> list[Any]:
         """What this rank must pass through a sharded model besides its own micro-batches, at a weight of 0.
@@ -152,6 +199,17 @@ class Parallel:
                 stage.trained[name].module = module
 
 
+def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    fused = torch.compile(forward, dynamic=False)
+
+    def either(x_BTD: Tensor, table: Tensor | None, layer: int, cache: Any) -> Tensor:
+        if cache is None and torch.is_grad_enabled():
+            return fused(x_BTD, table, 0, None)  # a layer's number is for its cache, and would be compiled in
+        return forward(x_BTD, table, layer, cache)
+
+    return either
+
+
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def again(*args: Any) -> Tensor:
         return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
@@ -167,14 +225,14 @@ def _cut(layer: DecoderLayer, tensor: int, mesh: Any) -> None:
     for name, part in parts.items():
         if type(part) is not nn.Linear:
             raise ConfigError(
-                f"parallel.tensor is {tensor}, and {name} is no plain matrix but a {type(part).__name__}",
-                hint="adapters (lora_rank) are trained with parallel.shard alone",
+                f"machine.tensor is {tensor}, and {name} is no plain matrix but a {type(part).__name__}",
+                hint="adapters (lora_rank) are trained with machine.shard alone",
             )
         unit = layer.self_attn.head_width if name.startswith("self_attn") else 1
         side = part.out_features if name in CUT_OUT else part.in_features
         if side // unit % tensor:
             raise ConfigError(
-                f"parallel.tensor is {tensor}, and the {side // unit} {'heads' if unit > 1 else 'columns'} of {name} are "
+                f"machine.tensor is {tensor}, and the {side // unit} {'heads' if unit > 1 else 'columns'} of {name} are "
                 "no multiple of it",
                 hint="lower tensor, or give [model] heads, kv_heads and ffn_width that it divides",
             )
@@ -251,7 +309,7 @@ def copies(tensor: Tensor, row: int) -> int:
 @contextmanager
 def ranks_together(work: Work, device: torch.device) -> Iterator[Parallel]:
     """Inside, ranks stand as the recipe says; another's end or silence is a RunError that says how to go on."""
-    config = parallel_config(work.recipe)
+    config = machine_config(work.recipe)
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # which PyTorch's engine takes for this rank's

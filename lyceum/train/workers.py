@@ -24,6 +24,7 @@ from torch import Tensor
 from lyceum.train.optim import Learner
 
 T = TypeVar("T")
+Sums = dict[str, list[float]]  # name -> [total, count]
 
 MIN_TOKENS = 1024  # of a worker's piece: below this, products of matrices no longer fill even one core
 
@@ -59,18 +60,14 @@ class Workers:
         return [parts[number :: self.count] for number in range(self.count)]
 
     def backward(
-        self,
-        piles: Sequence[Sequence[Any]],
-        loss: Callable[[Any, T], Tensor],
-        found: Sequence[T],
-        learners: list[Learner],
+        self, piles: Sequence[Sequence[Any]], loss: Callable[[Any, Sums], Tensor], sums: Sums, learners: list[Learner]
     ) -> None:
-        """Add the gradient of every piece's `loss` to its learners' `gradient`.
+        """Add the gradient of every piece's `loss` to its learners' `gradient`, and what the pieces sum up to `sums`.
 
         Args:
-            loss: (piece, what its worker has found so far) -> a differentiable number; called by several threads.
-            found: for each worker something that only it writes to.
+            loss: (piece, its worker's sums) -> a differentiable number; called by several threads.
         """
+        found: list[Sums] = [{} for _ in piles]
         parameters = [parameter for learner in learners for parameter in learner.parameters]
 
         def go(number: int) -> list[Tensor]:
@@ -84,6 +81,7 @@ class Workers:
 
         for flats in self._side_by_side(go)[1:]:
             torch._foreach_add_([learner.gradient for learner in learners], flats)
+        merge(sums, *found)
 
     def _side_by_side(self, go: Callable[[int], T]) -> list[T]:
         """`[go(0), go(1), ...]`, the first in this thread; waits for all of them even where one fails."""
@@ -100,3 +98,17 @@ class Workers:
         finally:
             wait(others)
             torch.set_num_threads(self.threads)
+
+
+def add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:
+    """Add to one name's total and count."""
+    pair = sums.setdefault(name, [0.0, 0.0])
+    pair[0] += float(total.detach()) if isinstance(total, Tensor) else float(total)
+    pair[1] += float(count)
+
+
+def merge(sums: Sums, *others: Sums) -> None:
+    """Add all of the others to `sums`, in their order."""
+    for other in others:
+        for name, (total, count) in other.items():
+            add(sums, name, total, count)

@@ -13,7 +13,7 @@ from lyceum.config import load_recipe
 from lyceum.errors import ConfigError, ResourceError
 from lyceum.model.spec import ModelSpec
 from lyceum.train.memory import added, total
-from lyceum.train.parallel import ParallelConfig
+from lyceum.train.parallel import MachineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -123,15 +123,15 @@ def test_what_cannot_fit_is_refused_before_anything_starts(
 
 def test_what_fits_only_when_it_is_sharded_or_recomputed_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # 24 GB a GPU would need; over 4 of them 20 / 4 + 4, and 339 MB of what stands whole
-    need, sharded = need_of(10, 1024), ParallelConfig(shard=True)
+    need, sharded = need_of(10, 1024), MachineConfig(shard=True)
     monkeypatch.setattr(plan, "memory_there", lambda: (10e9, 0.0, "a GPU"))
     with pytest.raises(ResourceError, match="a GPU has 10.0 GB"):
         plan.check_memory([need], sharded)  # one rank has nothing to shard
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     plan.check_memory([need], sharded)
     with pytest.raises(ResourceError, match="pretrain needs about 24.0 GB"):
-        plan.check_memory([need], ParallelConfig())
-    kept, again = planned(), planned("demo", "parallel.recompute=true")
+        plan.check_memory([need], MachineConfig())
+    kept, again = planned(), planned("demo", "machine.recompute=true")
     # of 16 rows of 128 tokens: 3 of 4 layers' activations for the inputs of 4; width 128, 4 heads of 32, ffn 384
     layer = 4 * 128 + 3 * 128 + 3 * 128 + 4 * 384
     fewer = kept["pretrain"].memory["activations"] - again["pretrain"].memory["activations"]

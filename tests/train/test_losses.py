@@ -40,7 +40,7 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_value_and_gradients_equal_torchs_cross_entropy_for_any_chunk(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 1)
+    monkeypatch.setitem(losses._CHUNK_LOGITS, "cpu", 1)
     monkeypatch.setattr(losses, "_MIN_CHUNK_ROWS", chunk_rows)
     hidden, head, targets, weights = problem(torch.float64)
     total, hits = cross_entropy_sum(hidden, head, targets, weights)
@@ -51,6 +51,20 @@ def test_value_and_gradients_equal_torchs_cross_entropy_for_any_chunk(
     assert torch.allclose(total, wanted, rtol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
     assert hits.item() == (logits.argmax(1) == targets).sum().item()
+
+
+def test_under_autocast_products_are_in_bf16_and_the_sum_is_not() -> None:
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(rows, 64).requires_grad_() for rows in (700, 900))
+    targets, weights = torch.randint(0, 900, (700,)), torch.rand(700)
+    wanted, _ = cross_entropy_sum(hidden, head, targets, weights)
+    theirs = torch.autograd.grad(wanted, (hidden, head))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = cross_entropy_sum(hidden, head, targets, weights)
+    ours = torch.autograd.grad(total, (hidden, head))
+    assert total.dtype == ours[0].dtype == ours[1].dtype == torch.float32
+    assert 0 < abs(total.item() - wanted.item()) < 2e-4 * wanted.item()  # rounded, each product by up to 2^-8
+    assert all((a - b).norm() < 0.02 * b.norm() for a, b in zip(ours, theirs, strict=True))
 
 
 def test_gradcheck() -> None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from lyceum.stages.sft import SFT, SFTConfig
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import loop
-from lyceum.train.parallel import Parallel, local, own, parallel_config
+from lyceum.train.parallel import Parallel, local, machine_config, own
 from lyceum.train.stage import Step, Trained
 
 PATIENCE_S = 500.0  # two ranks take half a minute; a machine that does other work as well, many times that
@@ -128,7 +129,7 @@ def do(job: dict[str, Any]) -> None:
     stage.die_at, stage.silent, stage.double = job.get("die_at"), job.get("silent", False), job.get("double", True)
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe("toy", 7, {}, (), Path("toy.toml"), parallel=job.get("parallel", {}))
+    recipe = Recipe("toy", 7, {}, (), Path("toy.toml"), machine=job.get("machine", {}))
     loop.run_stage(stage, Work(StageFolder(folder), {}, seed=7, recipe=recipe))
     held = sum(local(weight).numel() for weight in stage.model.parameters())
     (folder / f"held-{dist.rank()}").write_text(str(held))
@@ -206,14 +207,14 @@ def pair(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     jobs = [job(folder, kind, mode) for kind, mode in BOTH]
     jobs.append(single(folder, "shard"))
-    jobs.append({"kind": "pretrain", "folder": str(alone / "half"), "parallel": MODES["tensor"]})
-    jobs.append({"kind": "pretrain", "folder": str(folder / "killed"), "parallel": MODES["shard"], "die_at": 5})
+    jobs.append({"kind": "pretrain", "folder": str(alone / "half"), "machine": MODES["tensor"]})
+    jobs.append({"kind": "pretrain", "folder": str(folder / "killed"), "machine": MODES["shard"], "die_at": 5})
     (folder / "said").write_text(on_ranks(jobs, folder, (1, -signal.SIGKILL)))
     return folder
 
 
 def job(folder: Path, kind: str, mode: str) -> dict[str, Any]:
-    return {"kind": kind, "folder": str(folder / kind / mode), "parallel": MODES[mode]}
+    return {"kind": kind, "folder": str(folder / kind / mode), "machine": MODES[mode]}
 
 
 def single(folder: Path, mode: str) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def test_a_killed_rank_ends_the_other_with_a_word_and_one_rank_goes_on(pair: Pat
 def test_a_silent_rank_is_not_waited_for_longer_than_timeout_s(tmp_path: Path) -> None:
     parallel = {"shard": True, "timeout_s": 3.0}
     ranks = start_ranks(
-        [{**job(tmp_path, "pretrain", "shard"), "parallel": parallel, "die_at": 3, "silent": True}], tmp_path
+        [{**job(tmp_path, "pretrain", "shard"), "machine": parallel, "die_at": 3, "silent": True}], tmp_path
     )
     try:
         said = ranks[0].communicate(timeout=PATIENCE_S)[0]
@@ -296,24 +297,73 @@ def test_a_silent_rank_is_not_waited_for_longer_than_timeout_s(tmp_path: Path) -
             process.communicate()
 
 
+# -------------------------------------------------------------------------------- precision, compiling
+
+
+def loss_lines(folder: Path, **machine: Any) -> list[float]:
+    do({"kind": "pretrain", "folder": str(folder), "changes": SINGLE, "double": False, "machine": machine})
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_in_bf16_a_run_learns_as_in_fp32_and_is_told_apart(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
+    fp32 = [line["loss"] for line in read_metrics(alone / "single" / "metrics.jsonl")]
+    assert loss_lines(tmp_path / "auto") == fp32  # on a CPU auto is fp32
+    bf16 = loss_lines(tmp_path / "bf16", precision="bf16")
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_plain_ones_do(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of what it deprecates in itself
+        compiled = loss_lines(tmp_path, compile="yes")
+    plain = [line["loss"] for line in read_metrics(alone / "single" / "metrics.jsonl")]
+    assert compiled == pytest.approx(plain, abs=1e-3)
+    assert any(frames["ok"] > 0 for name, frames in torch._dynamo.utils.counters.items() if name == "frames")
+
+
+def test_compiling_waits_for_a_run_that_is_long_enough_and_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Text(PRETRAIN)
+    stage.trained = {"model": Trained(decoder(False, 64), PRETRAIN.optimizer())}
+    stage.device, stage.num_steps = torch.device("cpu"), 10
+
+    def compiles(flops: float, **machine: Any) -> bool:
+        stage.flops_per_token = flops
+        return Parallel(machine_config(recipe_with(**machine)), None)._compiles(stage)
+
+    plain = 1e14 / (10 * PRETRAIN.batch_tokens)
+    assert [compiles(0.9 * plain), compiles(1.1 * plain), compiles(1.1 * plain, compile="no")] == [False, True, False]
+    assert compiles(1.0, compile="yes") and not compiles(0.0)
+    with pytest.raises(ConfigError, match="the rows of pretrain have many lengths"):
+        compiles(0.0, compile="yes")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiles(1.1 * plain)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and there is none of c\+\+"):
+        compiles(1.0, compile="yes")
+
+
 # -------------------------------------------------------------------------------- refusals
 
 
 def recipe_with(**parallel: Any) -> Recipe:
-    return Recipe("toy", 7, {}, (), Path("toy.toml"), parallel=parallel)
+    return Recipe("toy", 7, {}, (), Path("toy.toml"), machine=parallel)
 
 
 def test_a_wrong_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"\[parallel\] in toy.toml has no setting 'shards'(.|\n)*'shard'"):
-        parallel_config(recipe_with(shards=True))
+        machine_config(recipe_with(shards=True))
     with pytest.raises(ConfigError, match="tensor is 3, and the 1 ranks are no multiple"):
-        parallel_config(recipe_with(tensor=3))
+        machine_config(recipe_with(tensor=3))
     monkeypatch.setattr(dist, "world_size", lambda: 6)
-    assert parallel_config(recipe_with(tensor=3)).is_sharded
+    assert machine_config(recipe_with(tensor=3)).is_sharded
 
 
 def test_one_rank_has_nothing_to_shard() -> None:
-    assert not parallel_config(recipe_with(shard=True)).is_sharded
+    assert not machine_config(recipe_with(shard=True)).is_sharded
     full = torch.ones(3, 2)
     assert own(full, full) is full and local(full) is full
 
@@ -330,10 +380,10 @@ def test_what_cannot_be_cut_is_told(tensor: int, lora: int, complaint: str, monk
         adapt(model, lora, 4.0)
     stage.trained = {"model": Trained(model, PRETRAIN.optimizer())}
     with pytest.raises(ConfigError, match=complaint):
-        Parallel(parallel_config(recipe_with(tensor=tensor)), {"tensor": None}).put_on(stage)
+        Parallel(machine_config(recipe_with(tensor=tensor)), {"tensor": None}).put_on(stage)
     stage.can_shard = False
     with pytest.raises(ConfigError, match="pretrain can only be trained with a whole one"):
-        Parallel(parallel_config(recipe_with(shard=True)), None).put_on(stage)
+        Parallel(machine_config(recipe_with(shard=True)), None).put_on(stage)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lyceum.train import loop
 from lyceum.train.losses import next_token_loss
 from lyceum.train.optim import Learner, OptimizerSettings
 from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
-from lyceum.train.workers import Workers, num_workers
+from lyceum.train.workers import Sums, Workers, num_workers
 
 CONFIG = TrainConfig(lr=0.01, matrix_lr=0.02, log_every=1, warmup=0.0)
 SPEC, _ = ModelSpec.from_depth(2, vocab_size=50, width=32, num_heads=2, context_length=32)
@@ -127,17 +127,17 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_an_error_in_a_worker_is_the_steps_error_and_the_threads_come_back(bad: int) -> None:
-    def loss(piece: int, found: dict[str, int]) -> torch.Tensor:
-        found["seen"] = piece
+    def loss(piece: int, sums: Sums) -> torch.Tensor:
+        seen.append(piece)
         if piece == bad:
             raise ValueError("broken")
         return learner.parameters[0].sum()
 
+    seen: list[int] = []
     learner = Learner(torch.nn.Linear(2, 2), OptimizerSettings(lr=0.1))
-    found: list[dict[str, int]] = [{}, {}]
     with pytest.raises(ValueError, match="broken"):
-        Workers(2).backward([[0], [1]], loss, found, [learner])
-    assert found == [{"seen": 0}, {"seen": 1}] and torch.get_num_threads() == 4
+        Workers(2).backward([[0], [1]], loss, {}, [learner])
+    assert sorted(seen) == [0, 1] and torch.get_num_threads() == 4
 
 
 def test_ranking_batches_are_halved_by_prompt() -> None:
