@@ -68,7 +68,7 @@ class MachineConfig:
         "auto", "of products: bf16, fp32, or auto: bf16 on a GPU that has it", choices=("auto", "bf16", "fp32")
     )
     compile: str = setting(
-        "auto", "torch.compile of the layers: auto where a pretraining is long enough", choices=("auto", "yes", "no")
+        "auto", "torch.compile of pretraining's layers: auto where it is long enough", choices=("auto", "yes", "no")
     )
     timeout_s: float = setting(1800.0, "seconds that a rank waits for the others within a step", low=1.0)
 
@@ -115,13 +115,14 @@ class Parallel:
                 f"[machine] shards the model, and {stage.kind} can only be trained with a whole one on every rank",
                 hint="run this section by itself with --set machine.shard=false --set machine.tensor=1",
             )
+        compiles = self._compiles(stage)
         for name, trained in stage.trained.items():
             layers = [layer for layer in trained.module.modules() if isinstance(layer, DecoderLayer)]
             if self.is_sharded:
                 self.shapes[name] = copy.deepcopy(trained.module).to("meta")
                 self._shard(trained.module, layers)
             for layer in layers:
-                if self._compiles(stage):
+                if compiles:
                     layer.forward = _compiled(layer.forward)  # type: ignore[method-assign]
                 if self.config.recompute:
                     layer.forward = _recomputed(layer.forward)  # type: ignore[method-assign]
@@ -140,24 +141,19 @@ class Parallel:
             sharded.set_force_sum_reduction_for_comms(True)
 
     def _compiles(self, stage: Stage[Any]) -> bool:
-        """Only rows of one length are worth it: every length is compiled anew. Decided by what does not vary."""
-        rows_vary = not stage.flops_per_token
-        if self.config.compile == "yes" and rows_vary:
-            raise ConfigError(
-                f"machine.compile is yes, and the rows of {stage.kind} have many lengths",
-                hint="set it to auto, which compiles pretraining only",
-            )
-        if self.config.compile == "no" or rows_vary:
-            return False
+        """Only pretraining, whose rows have one length: each length is compiled anew. Decided by what does not vary."""
         flops = stage.flops_per_token * stage.num_steps * stage.config.batch_tokens
-        is_worth_it = self.config.compile == "yes" or flops > COMPILE_FLOPS[stage.device.type]
-        if is_worth_it and stage.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        if not flops or self.config.compile == "no":
+            return False
+        if self.config.compile == "auto" and flops < COMPILE_FLOPS[stage.device.type]:
+            return False
+        if stage.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
             said = f"torch.compile needs a C++ compiler, and there is none of {', '.join(COMPILERS)}"
             if self.config.compile == "yes":
                 raise ConfigError(said, hint="install g++, or leave machine.compile at auto")
             log.info(f"  {said}: layers run operator by operator")
             return False
-        return is_worth_it
+        return True
 
     def precision(self, stage: Stage[Any]) -> AbstractContextManager[Any]:
         """Inside, products are in bf16 where the table says so."""

@@ -337,9 +337,7 @@ def test_compiling_waits_for_a_run_that_is_long_enough_and_for_a_compiler(monkey
 
     plain = 1e14 / (10 * PRETRAIN.batch_tokens)
     assert [compiles(0.9 * plain), compiles(1.1 * plain), compiles(1.1 * plain, compile="no")] == [False, True, False]
-    assert compiles(1.0, compile="yes") and not compiles(0.0)
-    with pytest.raises(ConfigError, match="the rows of pretrain have many lengths"):
-        compiles(0.0, compile="yes")
+    assert compiles(1.0, compile="yes") and not compiles(0.0, compile="yes")  # 0: a stage with rows of many lengths
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not compiles(1.1 * plain)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and there is none of c\+\+"):
