@@ -9,7 +9,7 @@
     [watch]                  # how a run is watched (lyceum/train/watch.py): changes no section
     tensorboard = true
 
-    [machine]               # one model over many ranks (lyceum/train/parallel.py): changes no section
+    [machine]               # one model over many ranks (lyceum/train/machine.py): changes no section
     shard = true
 
     [corpus]                 # a section: its kind, which is also its name and its folder

@@ -238,7 +238,7 @@ def test_the_settings_on_a_page_are_those_of_the_code(kind: str) -> None:
 
 def test_the_shared_settings_and_the_models_are_those_of_the_code() -> None:
     from lyceum.model.spec import ModelConfig
-    from lyceum.train.parallel import MachineConfig
+    from lyceum.train.machine import MachineConfig
     from lyceum.train.stage import TrainConfig
     from lyceum.train.watch import WatchConfig
 

@@ -30,8 +30,8 @@ from lyceum.log import show_time
 from lyceum.model.hub import read_json, read_spec
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
+from lyceum.train.machine import MachineConfig
 from lyceum.train.memory import BASE_BYTES, PARTS, Memory, added, cache_memory, frozen_memory, total, training_memory
-from lyceum.train.parallel import MachineConfig
 
 CPU_SHARE = 0.37
 MFU, MFU_WIDTH = 0.40, 1024

@@ -44,7 +44,7 @@ from lyceum.run import (
     write_json,
     write_text,
 )
-from lyceum.train.parallel import machine_config
+from lyceum.train.machine import machine_config
 from lyceum.train.watch import watch_config
 
 # -------------------------------------------------------------------------------- the table of kinds

@@ -1,11 +1,4 @@
-"""How training is laid out on the machine: the recipe's `[machine]` table, put on from outside by PyTorch's own engine.
-
-    [machine]
-    shard = true             # weights, gradients and optimizer state cut over the ranks (FSDP2)
-    tensor = 8               # and each layer's matrices over 8 neighbouring ranks (tensor parallel)
-    recompute = true         # activation checkpointing
-    precision = "bf16"       # of products; weights, sums and the optimizer stay in fp32 (mixed precision)
-    compile = "yes"          # a layer's operators fused by torch.compile
+"""A model on the machine as the recipe's `[machine]` table says, put on from outside by PyTorch's own engine.
 
 Under `shard` every decoder layer is gathered before it computes and let go after (Rajbhandari et al. 2020, ZeRO stage 3;
 `torch.distributed.fsdp.fully_shard`). Under `tensor` the ranks of a row hold columns of q, k, v, gate and up and rows of o
@@ -31,7 +24,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -39,10 +31,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lyceum import dist
-from lyceum.config import Recipe, build, setting
 from lyceum.errors import ConfigError, RunError
 from lyceum.log import log
 from lyceum.model.transformer import DecoderLayer
+from lyceum.train.machine import MachineConfig, machine_config
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -55,43 +47,6 @@ CUT_IN = ("self_attn.o_proj", "mlp.down_proj")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e18}  # from here on it pays: some 20 minutes of two cores, an hour of a GPU
 PER_HEAD = ("q_norm.weight", "k_norm.weight")  # whole on every rank of a row, which sees only its own heads' gradient
-
-
-@dataclass(frozen=True)
-class MachineConfig:
-    """The `[machine]` table of a recipe."""
-
-    shard: bool = setting(False, "cut weights, gradients and optimizer state over the ranks (FSDP2)")
-    tensor: int = setting(1, "neighbouring ranks that share each layer's matrices; above 1 also shards", low=1)
-    recompute: bool = setting(False, "keep only the input of each layer, and compute the layer again going back")
-    precision: str = setting(
-        "auto", "of products: bf16, fp32, or auto: bf16 on a GPU that has it", choices=("auto", "bf16", "fp32")
-    )
-    compile: str = setting(
-        "auto", "torch.compile of pretraining's layers: auto where it is long enough", choices=("auto", "yes", "no")
-    )
-    timeout_s: float = setting(1800.0, "seconds that a rank waits for the others within a step", low=1.0)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether there is more than one rank to cut the model over, and the recipe asks for it."""
-        return dist.world_size() > 1 and (self.shard or self.tensor > 1)
-
-
-def machine_config(recipe: Recipe) -> MachineConfig:
-    """The recipe's `[machine]` table.
-
-    Raises:
-        ConfigError: a wrong setting, or ranks that are no multiple of `tensor`.
-    """
-    where = f"[machine] in {recipe.path}"
-    config = build(MachineConfig, recipe.machine, where)
-    if dist.world_size() % config.tensor:
-        raise ConfigError(
-            f"{where}: tensor is {config.tensor}, and the {dist.world_size()} ranks are no multiple of it",
-            hint="start with torchrun --nproc-per-node a multiple of tensor, or lower tensor",
-        )
-    return config
 
 
 # -------------------------------------------------------------------------------- put on

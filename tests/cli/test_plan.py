@@ -12,8 +12,8 @@ from lyceum.cli import main, plan, river
 from lyceum.config import load_recipe
 from lyceum.errors import ConfigError, ResourceError
 from lyceum.model.spec import ModelSpec
+from lyceum.train.machine import MachineConfig
 from lyceum.train.memory import added, total
-from lyceum.train.parallel import MachineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"

@@ -41,7 +41,8 @@ from lyceum.stages.sft import SFT, SFTConfig
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import loop
-from lyceum.train.parallel import Parallel, local, machine_config, own
+from lyceum.train.machine import machine_config
+from lyceum.train.parallel import Parallel, local, own
 from lyceum.train.stage import Step, Trained
 
 PATIENCE_S = 500.0  # two ranks take half a minute; a machine that does other work as well, many times that
@@ -352,7 +353,7 @@ def recipe_with(**parallel: Any) -> Recipe:
 
 
 def test_a_wrong_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"\[parallel\] in toy.toml has no setting 'shards'(.|\n)*'shard'"):
+    with pytest.raises(ConfigError, match=r"\[machine\] in toy.toml has no setting 'shards'(.|\n)*'shard'"):
         machine_config(recipe_with(shards=True))
     with pytest.raises(ConfigError, match="tensor is 3, and the 1 ranks are no multiple"):
         machine_config(recipe_with(tensor=3))
