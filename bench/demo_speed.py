@@ -102,13 +102,12 @@ def our_step(model: Any, tokens: Any, is_cut: bool = True) -> Callable[[], None]
     from lyceum.batches.pack import TokenBatch
     from lyceum.train.losses import next_token_loss
     from lyceum.train.optim import Learner, OptimizerSettings
-    from lyceum.train.workers import Workers, num_workers
+    from lyceum.train.workers import backward, deal, num_workers
 
     learner = Learner(model, OptimizerSettings(lr=1e-3))
-    workers = Workers(num_workers(tokens.numel()) if is_cut else 1)
     weights = torch.ones(tokens.shape).index_fill(1, torch.tensor([0]), 0.0)
     batch = TokenBatch(tokens, weights, torch.full((len(tokens),), tokens.shape[1]))
-    piles = workers.deal([batch], TokenBatch.halves)
+    piles = deal([batch], TokenBatch.halves, num_workers(tokens.numel()) if is_cut else 1)
 
     def loss(piece: TokenBatch, sums: Any = None) -> torch.Tensor:
         return next_token_loss(model, piece.tokens_BT, piece.weights_BT)[0] / batch.num_targets
@@ -116,7 +115,7 @@ def our_step(model: Any, tokens: Any, is_cut: bool = True) -> Callable[[], None]
     def step() -> None:
         learner.gradient.zero_()
         if len(piles) > 1:
-            workers.backward(piles, loss, {}, [learner])
+            backward(piles, loss, {}, [learner])
         else:
             learner.accumulate_in(learner.gradient)
             loss(batch).backward()

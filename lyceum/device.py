@@ -20,12 +20,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 MEASURE_S = 0.2  # what matmul_flops takes
@@ -88,6 +92,35 @@ def num_threads() -> int:
     """The number of threads that torch has, or will have."""
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(text) if text.isdigit() else num_cores()
+
+
+def side_by_side(go: Callable[[int], T], count: int) -> list[T]:
+    """`[go(0), go(1), ...]`, `count` of them at once, each on a thread of its own with its share of torch's threads.
+
+    The first is on this thread. Python's lock is no hindrance, because torch lets go of it inside every operator. Waits
+    for all of them even where one fails.
+    """
+    import torch
+
+    if count == 1:
+        return [go(0)]
+    threads = torch.get_num_threads()
+
+    def work(number: int) -> T:
+        torch.set_num_threads(max(1, threads // count))
+        return go(number)
+
+    others = [_pool(count - 1).submit(work, number) for number in range(1, count)]
+    try:
+        return [work(0), *(other.result() for other in others)]
+    finally:
+        wait(others)
+        torch.set_num_threads(threads)
+
+
+@lru_cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "worker")  # kept: a new thread would ask for new scratch memory each time
 
 
 def num_cores() -> int:

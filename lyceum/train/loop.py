@@ -43,12 +43,13 @@ from lyceum.device import matmul_flops, pick_device
 from lyceum.errors import ResourceError, RunError, TrainingError
 from lyceum.log import Metrics, log, progress, shorten, show_number, show_time
 from lyceum.run import Work, plain, write_json, write_lines
+from lyceum.train import workers
 from lyceum.train.optim import Learner, schedule
 from lyceum.train.parallel import Parallel, ranks_together
 from lyceum.train.stage import Stage, Step
 from lyceum.train.state import STATE, environment, random_states, read_state, write_state
 from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
-from lyceum.train.workers import Sums, Workers, add, merge, num_workers
+from lyceum.train.workers import Sums, add, merge
 
 # Keys of a metrics line that depend on the clock; everything else is the same in a resumed run.
 TIMINGS = ("seconds", "tokens_per_s", "share_of_limit")
@@ -110,7 +111,7 @@ class _Loop:
             module.to(stage.device).eval().requires_grad_(False)
         self.learners = {n: Learner(t.module, t.optimizer, self.config.ema) for n, t in stage.trained.items()}
         is_alone = stage.device.type == "cpu" and not self.parallel.is_sharded
-        self.workers = Workers(num_workers(self.config.micro_tokens) if is_alone else 1)
+        self.num_workers = workers.num_workers(self.config.micro_tokens) if is_alone else 1
         self._restore()
         self.metrics.cut_back(self.done)
         self.samples.cut_back(self.done)
@@ -252,9 +253,9 @@ class _Loop:
             for learner in self.learners.values():
                 learner.gradient.zero_()
                 learner.accumulate_in(learner.gradient)
-            piles = self.workers.deal(step.micro_batches, self.stage.halves)
+            piles = workers.deal(step.micro_batches, self.stage.halves, self.num_workers)
             if len(piles) > 1:
-                self.workers.backward(piles, loss, sums, list(self.learners.values()))
+                workers.backward(piles, loss, sums, list(self.learners.values()))
                 return
             for micro_batch in step.micro_batches:
                 loss(micro_batch, sums).backward()

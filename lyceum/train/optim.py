@@ -3,7 +3,7 @@
 Muon (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024): the momentum of a matrix is
 replaced by the nearest orthogonal matrix, approximately, by five steps of a quintic Newton-Schulz iteration. Ours runs
 in the parameters' own precision on a CPU, where bf16 products are slower, and in bf16 on a GPU, as in the post; matrices
-of equal shape are stacked and orthogonalised by one batched product per step.
+of equal shape are stacked and orthogonalised by one batched product per step and thread.
 
 The update is scaled by sqrt(max(1, rows / cols)), as in the original post; so matrix_lr means what it means there
 (0.02 to 0.05 for small models). The other scale in use, 0.2 * sqrt(max(rows, cols)) (arXiv 2502.16982), is not offered.
@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lyceum import dist
+from lyceum import device, dist
 from lyceum.train.parallel import PER_HEAD, copies, for_main, like, local, own, whole
 
 # The quintic's coefficients (a, b, c): chosen in the post for the steepest slope at zero, so singular values end
@@ -114,17 +114,24 @@ class Muon:
             assert parameter.ndim == 2, f"Muon takes matrices, got a shape of {tuple(parameter.shape)}"
         self.state = {p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in self.parameters}
 
-    @torch.no_grad()
     def step(self) -> None:
-        """One update from the parameters' .grad."""
+        """One update from the parameters' .grad; on a CPU each thread takes matrices of its own."""
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in self.parameters:
             if parameter.grad is not None:
                 by_shape.setdefault(self.layouts.get(parameter, parameter).shape, []).append(parameter)
-        for shape, parameters in by_shape.items():
-            size = 1 if self.layouts else len(parameters)  # sharded, one matrix at a time is whole
-            for start in range(0, len(parameters), size):
-                self._update(shape, parameters[start : start + size])
+        is_shared = self.parameters[0].device.type == "cpu" and not self.layouts
+        count = min(torch.get_num_threads(), len(self.parameters)) if is_shared else 1
+
+        @torch.no_grad()
+        def go(number: int) -> None:
+            for shape, parameters in by_shape.items():
+                mine = parameters[number::count]
+                size = 1 if self.layouts else len(mine)  # sharded, one matrix at a time is whole
+                for start in range(0, len(mine), size or 1):
+                    self._update(shape, mine[start : start + size])
+
+        device.side_by_side(go, count)
 
     def _update(self, shape: torch.Size, parameters: list[Tensor]) -> None:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -15,15 +15,14 @@ the workers. A stage whose micro-batches cannot be halved stays on one thread of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lyceum import device
 from lyceum.train.optim import Learner
 
-T = TypeVar("T")
 Sums = dict[str, list[float]]  # name -> [total, count]
 
 MIN_TOKENS = 1024  # of a worker's piece: below this, products of matrices no longer fill even one core
@@ -37,67 +36,45 @@ def num_workers(micro_tokens: int) -> int:
     return count
 
 
-class Workers:
-    """`count` threads, this one among them, that share the threads torch has now."""
+def deal(micro_batches: Sequence[Any], halves: Callable[[Any], list[Any]], count: int) -> list[list[Any]]:
+    """The micro-batches, cut, as one pile for each of `count` workers; all in one pile where `halves` cuts none of them.
 
-    def __init__(self, count: int) -> None:
-        self.count, self.threads = count, torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(count - 1, "worker") if count > 1 else None
+    One that is not cut goes whole to whose turn it is.
+    """
+    parts: list[Any] = []
+    for micro_batch in micro_batches:
+        pieces = [micro_batch]
+        for _ in range(count.bit_length() - 1):
+            pieces = [half for piece in pieces for half in halves(piece)]
+        parts += pieces
+    if len(parts) < max(count, len(micro_batches) + 1):
+        return [list(micro_batches)]
+    return [parts[number::count] for number in range(count)]
 
-    def deal(self, micro_batches: Sequence[Any], halves: Callable[[Any], list[Any]]) -> list[list[Any]]:
-        """The micro-batches, cut, as one pile for each worker; all in one pile where `halves` cuts none of them.
 
-        One that is not cut goes whole to whose turn it is.
-        """
-        parts: list[Any] = []
-        for micro_batch in micro_batches:
-            pieces = [micro_batch]
-            for _ in range(self.count.bit_length() - 1):
-                pieces = [half for piece in pieces for half in halves(piece)]
-            parts += pieces
-        if len(parts) < max(self.count, len(micro_batches) + 1):
-            return [list(micro_batches)]
-        return [parts[number :: self.count] for number in range(self.count)]
+def backward(
+    piles: Sequence[Sequence[Any]], loss: Callable[[Any, Sums], Tensor], sums: Sums, learners: list[Learner]
+) -> None:
+    """Add the gradient of every piece's `loss` to its learners' `gradient`, and what the pieces sum up to `sums`.
 
-    def backward(
-        self, piles: Sequence[Sequence[Any]], loss: Callable[[Any, Sums], Tensor], sums: Sums, learners: list[Learner]
-    ) -> None:
-        """Add the gradient of every piece's `loss` to its learners' `gradient`, and what the pieces sum up to `sums`.
+    Args:
+        loss: (piece, its worker's sums) -> a differentiable number; called by several threads.
+    """
+    found: list[Sums] = [{} for _ in piles]
+    parameters = [parameter for learner in learners for parameter in learner.parameters]
 
-        Args:
-            loss: (piece, its worker's sums) -> a differentiable number; called by several threads.
-        """
-        found: list[Sums] = [{} for _ in piles]
-        parameters = [parameter for learner in learners for parameter in learner.parameters]
+    def go(number: int) -> list[Tensor]:
+        flats = [learner.gradient if number == 0 else torch.zeros_like(learner.gradient) for learner in learners]
+        views = [view for learner, flat in zip(learners, flats, strict=True) for view in learner.views(flat)]
+        for piece in piles[number]:
+            grads = torch.autograd.grad(loss(piece, found[number]), parameters, allow_unused=True)
+            used = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
+            torch._foreach_add_([view for view, _ in used], [grad for _, grad in used])
+        return flats
 
-        def go(number: int) -> list[Tensor]:
-            flats = [learner.gradient if number == 0 else torch.zeros_like(learner.gradient) for learner in learners]
-            views = [view for learner, flat in zip(learners, flats, strict=True) for view in learner.views(flat)]
-            for piece in piles[number]:
-                grads = torch.autograd.grad(loss(piece, found[number]), parameters, allow_unused=True)
-                used = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
-                torch._foreach_add_([view for view, _ in used], [grad for _, grad in used])
-            return flats
-
-        for flats in self._side_by_side(go)[1:]:
-            torch._foreach_add_([learner.gradient for learner in learners], flats)
-        merge(sums, *found)
-
-    def _side_by_side(self, go: Callable[[int], T]) -> list[T]:
-        """`[go(0), go(1), ...]`, the first in this thread; waits for all of them even where one fails."""
-        share = max(1, self.threads // self.count)
-
-        def work(number: int) -> T:
-            torch.set_num_threads(share)
-            return go(number)
-
-        assert self.pool is not None
-        others = [self.pool.submit(work, number) for number in range(1, self.count)]
-        try:
-            return [work(0), *(other.result() for other in others)]
-        finally:
-            wait(others)
-            torch.set_num_threads(self.threads)
+    for flats in device.side_by_side(go, len(piles))[1:]:
+        torch._foreach_add_([learner.gradient for learner in learners], flats)
+    merge(sums, *found)
 
 
 def add(sums: Sums, name: str, total: Tensor | float, count: float) -> None:

@@ -66,7 +66,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 def decoder(double: bool, vocab_size: int, **words: Any) -> Decoder:
     torch.manual_seed(0)
-    spec = ModelSpec(vocab_size, 2, 32, 4, 2, 8, 48, context_length=64, **{"tied": not double, **words})
+    shape = {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "ffn_width": 48}
+    spec = ModelSpec(vocab_size, **{**shape, "context_length": 64, "tied": not double, **words})
     return Decoder(spec).to(torch.float64 if double else torch.float32)
 
 
@@ -100,7 +101,7 @@ class Gpt(Text):
     """As GPT-2 and GPT-3 are: biases everywhere, learned positions, an output layer tied to the embedding."""
 
     def begin(self, model: Decoder, shards: Shards, valid: Any, *, seed: int) -> None:
-        super().begin(decoder(True, 267, **GPT2, tied=True), shards, valid, seed=seed)
+        super().begin(decoder(True, 267, **GPT2, num_kv_heads=4, qk_norm=False, tied=True), shards, valid, seed=seed)
 
 
 class Replies(Mortal, SFT):

@@ -19,11 +19,11 @@ from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
 from lyceum.tokens.chat import Rendered
-from lyceum.train import loop
+from lyceum.train import loop, workers
 from lyceum.train.losses import next_token_loss
 from lyceum.train.optim import Learner, OptimizerSettings
 from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
-from lyceum.train.workers import Sums, Workers, num_workers
+from lyceum.train.workers import Sums, backward, deal, num_workers
 
 CONFIG = TrainConfig(lr=0.01, matrix_lr=0.02, log_every=1, warmup=0.0)
 SPEC, _ = ModelSpec.from_depth(2, vocab_size=50, width=32, num_heads=2, context_length=32)
@@ -75,7 +75,7 @@ class Rows(Stage[TokenBatch]):
 
 
 def trained(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Rows, list[dict[str, float]]]:
-    monkeypatch.setattr(loop, "num_workers", lambda micro_tokens: count)
+    monkeypatch.setattr(workers, "num_workers", lambda micro_tokens: count)
     monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
     stage = Rows(CONFIG)
     folder.mkdir()
@@ -111,12 +111,12 @@ def test_a_micro_batch_is_cut_and_what_cannot_be_cut_stays_whole() -> None:
     def halves(piece: str) -> list[str]:
         return [piece[: len(piece) // 2], piece[len(piece) // 2 :]] if len(piece) > 1 else [piece]
 
-    assert Workers(2).deal(["abcd", "efg"], halves) == [["ab", "e"], ["cd", "fg"]]
-    assert Workers(4).deal(["abcd"], halves) == [["a"], ["b"], ["c"], ["d"]]
-    assert Workers(2).deal(["a", "bcd"], halves) == [["a", "cd"], ["b"]]
-    assert Workers(2).deal(["a", "b"], halves) == [["a", "b"]]  # a stage that cuts nothing promised nothing
-    assert Workers(4).deal(["ab"], halves) == [["ab"]]  # not enough for all
-    assert Workers(1).deal(["abcd"], halves) == [["abcd"]]
+    assert deal(["abcd", "efg"], halves, 2) == [["ab", "e"], ["cd", "fg"]]
+    assert deal(["abcd"], halves, 4) == [["a"], ["b"], ["c"], ["d"]]
+    assert deal(["a", "bcd"], halves, 2) == [["a", "cd"], ["b"]]
+    assert deal(["a", "b"], halves, 2) == [["a", "b"]]  # a stage that cuts nothing promised nothing
+    assert deal(["ab"], halves, 4) == [["ab"]]  # not enough for all
+    assert deal(["abcd"], halves, 1) == [["abcd"]]
 
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_an_error_in_a_worker_is_the_steps_error_and_the_threads_come_back(bad: 
     seen: list[int] = []
     learner = Learner(torch.nn.Linear(2, 2), OptimizerSettings(lr=0.1))
     with pytest.raises(ValueError, match="broken"):
-        Workers(2).backward([[0], [1]], loss, {}, [learner])
+        backward([[0], [1]], loss, {}, [learner])
     assert sorted(seen) == [0, 1] and torch.get_num_threads() == 4
 
 
