@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,15 @@ def shorten(text: Any, most: int = 60) -> str:
     """A text as one short piece of a line."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def aligned(rows: Sequence[Sequence[str]], is_right: Sequence[bool]) -> list[str]:
+    """Rows of words as lines of a table; `is_right` says which columns stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(w.rjust(n) if r else w.ljust(n) for w, n, r in zip(row, widths, is_right, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def show_number(value: Any) -> str:

@@ -26,7 +26,7 @@ from lyceum import device, dist
 from lyceum.cli import river
 from lyceum.config import Recipe, build, load_recipe
 from lyceum.errors import ConfigError, ResourceError
-from lyceum.log import show_time
+from lyceum.log import aligned, show_time
 from lyceum.model.hub import read_json, read_spec
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
@@ -348,10 +348,4 @@ def _count(value: float | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return aligned(rows, [False] + [True] * (len(rows[0]) - 1))

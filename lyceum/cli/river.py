@@ -314,9 +314,11 @@ def missing_inputs(run: Run, steps: Sequence[Step], chosen: Sequence[Step]) -> N
 
 def _check_memory(run: Run, recipe: Recipe, steps: Sequence[Step], chosen: Sequence[Step]) -> None:
     """Refuse to begin if what is to be trained cannot fit into this machine's memory."""
-    from lyceum.cli.plan import check_memory, needs  # which is made of this module
-
     begins = {step.name for step in chosen if not run.is_finished(step.name, step.key)}
+    if not begins:
+        return
+    from lyceum.cli.plan import check_memory, needs  # which is made of this module, and imports torch
+
     found = [need for need in needs(recipe, steps, run.path) if need.name in begins]
     check_memory(found, machine_config(recipe))
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from lyceum.config import load_recipe
 from lyceum.errors import LyceumError, UsageError, did_you_mean
-from lyceum.log import show_number, show_time
+from lyceum.log import aligned, show_number, show_time
 from lyceum.run import HEARTBEAT_S, read_manifest, read_state
 
 FRESH_S = 4 * HEARTBEAT_S  # a clock older than this has stopped
@@ -165,13 +165,8 @@ def _read_json(run: RunFacts, path: Path) -> dict[str, Any]:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of words as aligned lines; a column of numbers stands to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = [all(NUMBER.fullmatch(row[column]) for row in rows[1:]) for column in range(len(widths))]
-    lines = []
-    for row in rows:
-        cells = [word.rjust(w) if r else word.ljust(w) for word, w, r in zip(row, widths, right, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    is_right = [all(NUMBER.fullmatch(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
+    return aligned(rows, is_right)
 
 
 def _show(value: Any) -> str:

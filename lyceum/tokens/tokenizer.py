@@ -230,9 +230,7 @@ class Tokenizer:
             table = json.loads(text)
             if set(cls.SPECIALS) <= {token["content"] for token in table["added_tokens"]}:
                 return cls(tokenizers.Tokenizer.from_str(text))
-            for token in table[
-                "added_tokens"
-            ]:  # so that text cannot become a mark: <tool_call> of Qwen's is not special
+            for token in table["added_tokens"]:  # so that text cannot become a mark: Qwen's <tool_call> is not special
                 token["special"] |= token["content"].startswith("<") and token["content"].endswith(">")
             table |= {"truncation": None, "padding": None}
             return cls(tokenizers.Tokenizer.from_str(json.dumps(table)), (text, _foreign_config(path.parent)))

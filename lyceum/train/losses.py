@@ -147,15 +147,13 @@ def mean_loss(model: Any, batches: Sequence[TokenBatch]) -> dict[str, float]:
     """
     sums = {"total": 0.0, "weight": 0.0, "hits": 0.0, "targets": 0.0}
     own = dist.share(batches)
-    # A sharded model's pass needs every rank: one whose share is shorter reads the first batch again, uncounted.
-    for number in range(-(-len(batches) // dist.data_size())):
-        batch = own[number] if number < len(own) else batches[0]
+    for batch in own:
         total, weight, metrics = next_token_loss(model, batch.tokens_BT, batch.weights_BT)
-        if number == len(own):
-            break
         hits, targets = metrics["token_accuracy"]
         for name, value in zip(sums, (total, weight, hits, targets), strict=True):
             sums[name] += float(value)
+    if len(own) * dist.data_size() < len(batches):  # another rank reads one more, and a sharded model's pass needs all
+        next_token_loss(model, batches[0].tokens_BT, batches[0].weights_BT)
     sums = dist.sum_numbers(sums)
     if not sums["targets"]:
         return {}

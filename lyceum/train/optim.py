@@ -127,9 +127,9 @@ class Muon:
         def go(number: int) -> None:
             for shape, parameters in by_shape.items():
                 mine = parameters[number::count]
-                size = 1 if self.layouts else len(mine)  # sharded, one matrix at a time is whole
-                for start in range(0, len(mine), size or 1):
-                    self._update(shape, mine[start : start + size])
+                for batch in [[p] for p in mine] if self.layouts else [mine]:  # sharded, one matrix at a time is whole
+                    if batch:
+                        self._update(shape, batch)
 
         device.side_by_side(go, count)
 

@@ -2,8 +2,7 @@
 
 Why: in a model of a few million parameters one operator is too short to be worth cutting over cores, and whatever stands
 between two operators runs on one. So every worker takes a part of the rows through the whole forward and backward pass
-with its share of torch's threads; Python's lock is no hindrance, because torch lets go of it inside every operator.
-`bench/demo_speed.py` measures what it brings.
+with its share of torch's threads (`lyceum.device.side_by_side`). `bench/demo_speed.py` measures what it brings.
 
 The numbers depend on how many workers there are, as they do on the number of threads, and on nothing else: each adds up
 its pieces in their order, and the workers' sums are added in theirs, whichever of them ends first.
