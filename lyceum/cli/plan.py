@@ -166,7 +166,9 @@ def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
         both = {"num_terms": terms, "number_bytes": size, "ema": config.ema, "recompute": _recomputes(recipe)}
         policy = training_memory(spec, config.micro_tokens, matrix_lr=config.matrix_lr, loss="chosen", **both)
         critic = training_memory(spec, config.micro_tokens, matrix_lr=config.critic_matrix_lr, loss="score", **both)
-        cache = cache_memory(spec, min(config.engine_batch, config.prompts_per_iteration), spec.context_length)
+        engines = device.num_threads() if device.pick_device().type == "cpu" else 1  # side by side
+        at_once = min(config.engine_batch * engines, config.prompts_per_iteration)
+        cache = cache_memory(spec, at_once, spec.context_length)
         return [policy, critic, frozen_memory(spec), frozen_memory(spec), cache]  # the reference and the reward model
 
     count = config.iterations * config.epochs * config.minibatches

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -225,12 +226,12 @@ def format_of(row: Any) -> str:
     """Names the format of one row by looking at its keys; "" if it is none that we know."""
     if isinstance(row, str):
         return "plain text"
-    if not isinstance(row, Mapping):
-        return ""
-    for name, keys in _KEYS:
-        if all(any(key in row for key in choice.split("|")) for choice in keys):
-            return name
-    return ""
+    return _format_with(tuple(row)) if isinstance(row, Mapping) else ""
+
+
+@lru_cache(maxsize=1024)  # files repeat themselves
+def _format_with(names: tuple[Any, ...]) -> str:
+    return next((n for n, keys in _KEYS if all(any(k in names for k in key.split("|")) for key in keys)), "")
 
 
 # The first line whose keys are all there wins ("a|b": either), so the rich formats stand before their parts.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lyceum.config import setting
 from lyceum.corpus.records import Conversation, Message
+from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
@@ -138,14 +139,14 @@ class Exam:
         )
 
     def greedy(self, engine: Engine) -> list[Outcome]:
-        outputs = engine.generate(self.prompts, self.params())
+        outputs = sides.generate(engine, self.prompts, self.params())
         return self.outcomes(outputs)
 
     def best_of(self, engine: Engine) -> list[Outcome]:
         count = self.config.best_of
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         params = [self.params(temperature=1.0, seed=7919 * i + 1) for i in range(len(prompts))]
-        outputs = engine.generate(prompts, params)
+        outputs = sides.generate(engine, prompts, params)
         scores = self.judge.score([prompt + output.ids for prompt, output in zip(prompts, outputs, strict=True)])
         best = [max(range(i, i + count), key=scores.__getitem__) for i in range(0, len(prompts), count)]
         return self.outcomes([outputs[i] for i in best])
@@ -165,7 +166,7 @@ class Exam:
     def kl_from(self, engine: Engine, reference: Engine) -> float:
         """Mean KL in nats per response from `reference` to `engine`, estimated on one sample a question (k1)."""
         params = [self.params(temperature=1.0, seed=104729 * i + 1) for i in range(len(self.prompts))]
-        outputs = engine.generate(self.prompts, params)
+        outputs = sides.generate(engine, self.prompts, params)
         rows = [prompt + output.ids for prompt, output in zip(self.prompts, outputs, strict=True)]
         mine, theirs = engine.score(rows), reference.score(rows)
         total = 0.0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lyceum import dist
 from lyceum.batches.pack import pad
+from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.engine.sequence import Output
@@ -146,7 +147,7 @@ def sample_replies(
         )
         for number in numbers
     ]
-    return engine.generate(prompts, params)
+    return sides.generate(engine, prompts, params)
 
 
 def score_replies(

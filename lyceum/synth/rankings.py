@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lyceum.config import setting
 from lyceum.corpus.records import Conversation, Message, Ranking, read_conversations, write_records
+from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.errors import DataError, RunError
@@ -80,7 +81,7 @@ def draw(
         )
         for seed, opening in zip(seeds, forced, strict=True)
     ]
-    outputs = engine.generate(list(prompts), params)
+    outputs = sides.generate(engine, prompts, params)
     return [Answer(chat.parse(output.ids).content, output.finish == "stop") for output in outputs]
 
 
