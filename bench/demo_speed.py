@@ -115,7 +115,7 @@ def our_step(model: Any, tokens: Any, is_cut: bool = True) -> Callable[[], None]
     def step() -> None:
         learner.gradient.zero_()
         if len(piles) > 1:
-            backward(piles, loss, {}, [learner])
+            backward(piles, lambda *its: {"": loss(*its)}, {}, [learner], {"": [learner.gradient]})
         else:
             learner.accumulate_in(learner.gradient)
             loss(batch).backward()

@@ -85,7 +85,7 @@ def shape(depth: int, width: int) -> dict[str, int]:
 
 SHAKESPEARE = (
     Line("1.88 soonest", shape(2, 128), settings(64, 1024, 0.02), tokens=235_000),
-    Line("1.60 soonest", shape(2, 128), settings(128, 1024, 0.02, lr=0.015), tokens=1_500_000),
+    Line("1.60 soonest", shape(2, 128), settings(128, 1024, 0.02, lr=0.015), tokens=1_650_000),
     Line("3 minutes", shape(3, 128), settings(128, 2048, 0.02), minutes=3),
     Line("10 minutes", shape(4, 192), settings(128, 2048, 0.02, weight_decay=0.1), minutes=10),
     Line("BPE 1024", shape(2, 128), settings(64, 1024, 0.02), tokens=400_000, vocabulary=1024),

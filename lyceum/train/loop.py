@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -246,7 +247,7 @@ class _Loop:
         spares = self.parallel.spares(step.micro_batches)
 
         def loss(micro_batch: Any, sums: Sums) -> Tensor:
-            first, *others = self._losses(micro_batch, counts, sums).values()
+            first, *others = self._losses(counts, micro_batch, sums).values()
             return sum(others, first)
 
         def attempt(sums: Sums) -> None:
@@ -255,7 +256,8 @@ class _Loop:
                 learner.accumulate_in(learner.gradient)
             piles = workers.deal(step.micro_batches, self.stage.halves, self.num_workers)
             if len(piles) > 1:
-                workers.backward(piles, loss, sums, list(self.learners.values()))
+                whole = {"": [learner.gradient for learner in self.learners.values()]}
+                workers.backward(piles, lambda *its: {"": loss(*its)}, sums, list(self.learners.values()), whole)
                 return
             for micro_batch in step.micro_batches:
                 loss(micro_batch, sums).backward()
@@ -274,12 +276,10 @@ class _Loop:
         def attempt(sums: Sums) -> None:
             for part in parts.values():
                 part.zero_()
-            for micro_batch in step.micro_batches:
-                losses = self._losses(micro_batch, counts, sums)
-                for number, (term, loss) in enumerate(losses.items(), start=1):
-                    for name, learner in self.learners.items():
-                        learner.accumulate_in(parts[term, name])
-                    loss.backward(retain_graph=number < len(losses))
+            piles = workers.deal(step.micro_batches, self.stage.halves, self.num_workers)
+            into = {term: [parts[term, name] for name in self.learners] for term in counts}
+            losses = functools.partial(self._losses, counts)
+            workers.backward(piles, losses, sums, list(self.learners.values()), into)
 
         self._in_memory(step, sums, attempt)
         for (_, name), part in parts.items():
@@ -324,7 +324,7 @@ class _Loop:
     def _halve(self, step: Step[Any]) -> None:
         step.micro_batches = [half for whole in step.micro_batches for half in self.stage.halves(whole)]
 
-    def _losses(self, micro_batch: Any, counts: dict[str, float], sums: Sums) -> dict[str, Tensor]:
+    def _losses(self, counts: dict[str, float], micro_batch: Any, sums: Sums) -> dict[str, Tensor]:
         """Term -> its differentiable share of the step's loss; totals and metrics are added to `sums`."""
         with self.parallel.precision(self.stage):
             terms, metrics = self.stage.loss(micro_batch)

@@ -52,27 +52,39 @@ def deal(micro_batches: Sequence[Any], halves: Callable[[Any], list[Any]], count
 
 
 def backward(
-    piles: Sequence[Sequence[Any]], loss: Callable[[Any, Sums], Tensor], sums: Sums, learners: list[Learner]
+    piles: Sequence[Sequence[Any]],
+    losses: Callable[[Any, Sums], dict[str, Tensor]],
+    sums: Sums,
+    learners: Sequence[Learner],
+    into: dict[str, list[Tensor]],
 ) -> None:
-    """Add the gradient of every piece's `loss` to its learners' `gradient`, and what the pieces sum up to `sums`.
+    """Add the gradients of every piece's losses to `into`, and what the pieces sum up to `sums`.
 
     Args:
-        loss: (piece, its worker's sums) -> a differentiable number; called by several threads.
+        losses: (piece, its worker's sums) -> name -> a differentiable number; called by several threads.
+        into: name of a loss -> one flat gradient for each learner.
     """
     found: list[Sums] = [{} for _ in piles]
     parameters = [parameter for learner in learners for parameter in learner.parameters]
 
-    def go(number: int) -> list[Tensor]:
-        flats = [learner.gradient if number == 0 else torch.zeros_like(learner.gradient) for learner in learners]
-        views = [view for learner, flat in zip(learners, flats, strict=True) for view in learner.views(flat)]
+    def go(number: int) -> dict[str, list[Tensor]]:
+        own = (
+            into if number == 0 else {name: [torch.zeros_like(flat) for flat in flats] for name, flats in into.items()}
+        )
+        views = {
+            name: [v for one, flat in zip(learners, own[name], strict=True) for v in one.views(flat)] for name in own
+        }
         for piece in piles[number]:
-            grads = torch.autograd.grad(loss(piece, found[number]), parameters, allow_unused=True)
-            used = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
-            torch._foreach_add_([view for view, _ in used], [grad for _, grad in used])
-        return flats
+            its = losses(piece, found[number])
+            for left, (name, loss) in zip(reversed(range(len(its))), its.items(), strict=True):
+                grads = torch.autograd.grad(loss, parameters, retain_graph=left > 0, allow_unused=True)
+                used = [(view, grad) for view, grad in zip(views[name], grads, strict=True) if grad is not None]
+                torch._foreach_add_([view for view, _ in used], [grad for _, grad in used])
+        return own
 
-    for flats in device.side_by_side(go, len(piles))[1:]:
-        torch._foreach_add_([learner.gradient for learner in learners], flats)
+    for others in device.side_by_side(go, len(piles))[1:]:
+        for name, flats in others.items():
+            torch._foreach_add_(into[name], flats)
     merge(sums, *found)
 
 

@@ -74,22 +74,48 @@ class Rows(Stage[TokenBatch]):
         return micro_batch.halves()
 
 
-def trained(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Rows, list[dict[str, float]]]:
+class TwoTerms(Rows):
+    """The rows of the second micro-batch, which have names, are also read with other words: a term that the others lack."""
+
+    def steps(self, first: int) -> Iterator[Step[TokenBatch]]:
+        for step in super().steps(first):
+            step.micro_batches[1] = replace(step.micro_batches[1], names=("turned",) * 5)
+            yield step
+
+    def counts(self, micro_batch: TokenBatch) -> dict[str, float]:
+        count = micro_batch.num_targets
+        return {"text": count, **({"turned": count} if micro_batch.names else {})}
+
+    def loss(self, micro_batch: TokenBatch) -> tuple[dict[str, Term], Metrics]:
+        terms, metrics = super().loss(micro_batch)
+        if micro_batch.names:
+            model, tokens_BT = self.trained["net"].module, 49 - micro_batch.tokens_BT
+            terms["turned"] = Term(next_token_loss(model, tokens_BT, micro_batch.weights_BT.double())[0], 0.5)
+        return terms, metrics
+
+
+def trained(
+    folder: Path, count: int, monkeypatch: pytest.MonkeyPatch, kind: type[Rows] = Rows
+) -> tuple[Rows, list[dict[str, float]]]:
     monkeypatch.setattr(workers, "num_workers", lambda micro_tokens: count)
     monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
-    stage = Rows(CONFIG)
+    stage = kind(CONFIG)
     folder.mkdir()
     loop.run_stage(stage, Work(StageFolder(folder), {}, seed=7, recipe=Recipe("toy", 7, {}, (), Path("toy.toml"))))
     return stage, list(read_metrics(folder / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_workers_train_as_one_thread_does(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, lines = trained(tmp_path / "alone", 1, monkeypatch)
-    beside, others = trained(tmp_path / "beside", count, monkeypatch)
+@pytest.mark.parametrize(("count", "kind"), [(2, Rows), (4, Rows), (2, TwoTerms)])
+def test_workers_train_as_one_thread_does(
+    count: int, kind: type[Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, lines = trained(tmp_path / "alone", 1, monkeypatch, kind)
+    beside, others = trained(tmp_path / "beside", count, monkeypatch, kind)
     assert {threads for _, threads in alone.calls} == {4} and {name for name, _ in alone.calls} == {"MainThread"}
     assert beside.calls == {("MainThread", 4 // count), ("worker", 4 // count)}
-    for name in ("loss", "token_accuracy", "module_grad_norm/net"):
+    norms = [name for name in lines[0] if "grad_norm/" in name]
+    assert len(norms) == (2 if kind is Rows else 3)
+    for name in ("loss", "token_accuracy", *norms):
         assert [line[name] for line in others] == pytest.approx([line[name] for line in lines], abs=1e-10)
     for one, other in zip(
         alone.trained["net"].module.parameters(), beside.trained["net"].module.parameters(), strict=True
@@ -127,16 +153,16 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_an_error_in_a_worker_is_the_steps_error_and_the_threads_come_back(bad: int) -> None:
-    def loss(piece: int, sums: Sums) -> torch.Tensor:
+    def losses(piece: int, sums: Sums) -> dict[str, torch.Tensor]:
         seen.append(piece)
         if piece == bad:
             raise ValueError("broken")
-        return learner.parameters[0].sum()
+        return {"": learner.parameters[0].sum()}
 
     seen: list[int] = []
     learner = Learner(torch.nn.Linear(2, 2), OptimizerSettings(lr=0.1))
     with pytest.raises(ValueError, match="broken"):
-        backward([[0], [1]], loss, {}, [learner])
+        backward([[0], [1]], losses, {}, [learner], {"": [learner.gradient]})
     assert sorted(seen) == [0, 1] and torch.get_num_threads() == 4
 
 
