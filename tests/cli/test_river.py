@@ -340,19 +340,21 @@ def shown(runs: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], fl
     return said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_a_finished_run_shows_its_result_at_once_and_draws_its_page_only_if_need_be(finished: Path) -> None:
-    first, _ = shown(finished)
-    assert first.stderr.splitlines()[-1] == "['matplotlib', 'numpy']"  # there was no page yet
-    assert "[9/9] eval: done before" in first.stderr and "talk to it: lyceum chat" in first.stdout
-    page = (finished / "demo" / "report.html").read_text()
-    assert "<svg" in page and "pretrain is done" in page
+def test_a_finished_run_shows_its_result_at_once_and_draws_its_page_only_if_need_be(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    river.run_recipe("demo", runs_dir=finished)
+    first = capsys.readouterr()
+    assert "[9/9] eval: done before" in first.err and "talk to it: lyceum chat" in first.out
+    page = finished / "demo" / "report.html"
+    assert "<svg" in page.read_text() and "pretrain is done" in page.read_text()
     again, spent = shown(finished)
-    assert again.stdout == first.stdout and again.stderr.splitlines()[-1] == "[]" and spent < 1.0
-    part, _ = shown(finished, "--from", "reward", "--until", "reward")
-    assert "[7/9] reward" in part.stderr and "eval" not in part.stderr
+    assert again.stdout == first.out and again.stderr.splitlines()[-1] == "[]" and spent < 1.0
     (finished / "demo" / "pretrain" / "metrics.jsonl").write_text("")
-    shown(finished)
-    assert "<svg" not in (finished / "demo" / "report.html").read_text()
+    capsys.readouterr()
+    river.run_recipe("demo", first="reward", last="reward", runs_dir=finished)
+    assert capsys.readouterr().err.splitlines() == ["[7/9] reward: done before (0:00)"]
+    assert "pretrain is done" in page.read_text() and "<svg" not in page.read_text()
 
 
 def test_what_is_not_plainly_finished_is_not_taken_from_memory(
