@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from lyceum import device
-from lyceum.cli.river import find_recipe, run_recipe
-from lyceum.config import build, load_recipe, settings_of
+from lyceum.cli.river import run_recipe
+from lyceum.config import build, find_recipe, load_recipe, settings_of
 from lyceum.corpus.records import content_id, read_documents
 from lyceum.run import StageFolder, Work
 from lyceum.tokens.infill import cut, infill_prompt

@@ -201,6 +201,29 @@ class Recipe:
         return next((section for section in self.sections if section.name == name), None)
 
 
+def find_recipe(given: str | Path) -> Path:
+    """The file of a recipe that is given by path or, for a packaged one, by name.
+
+    Raises:
+        ConfigError: there is none; the hint names the nearest.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    known = {file.stem: file for folder in _recipe_folders() for file in sorted(folder.glob("*.toml"))}
+    if str(path.parent) in (".", "recipes") and path.stem in known and path.suffix in ("", ".toml"):
+        return known[path.stem]
+    raise ConfigError(
+        f"there is no recipe {given}", hint=did_you_mean(path.stem, known) or "give the path of a .toml file"
+    )
+
+
+def _recipe_folders() -> list[Path]:
+    """Where recipes come with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return [folder for folder in (package.parent / "recipes", package / "recipes") if folder.is_dir()]
+
+
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides.
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lyceum import config
 from lyceum.config import Recipe, build, load_recipe, read_value, setting, settings_of, to_toml
 from lyceum.errors import ConfigError
 
@@ -255,3 +256,18 @@ def test_settings_survive_the_resolved_recipe(tmp_path: Path) -> None:
     path = written(tmp_path, to_toml({"seed": 3, "sft": settings_of(made) | {"where": "x"}}))
     recipe: Recipe = load_recipe(path)
     assert build(Settings, recipe.sections[0].settings, "[sft]") == made
+
+
+def test_a_packaged_recipe_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_recipe_folders", lambda: [tmp_path / "recipes"])
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    demo = tmp_path / "recipes" / "demo.toml"
+    demo.write_text("")
+    for word in ("demo", "demo.toml", "recipes/demo.toml", demo):
+        assert config.find_recipe(word) == demo
+    for word in ("demi", "elsewhere/demo.toml", "recipes/demi.toml"):
+        with pytest.raises(ConfigError, match="there is no recipe") as caught:
+            config.find_recipe(word)
+        assert "demo" in caught.value.hint

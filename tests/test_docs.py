@@ -22,7 +22,7 @@ import pytest
 from lyceum.cli import river
 from lyceum.cli.main import make_parser
 from lyceum.cli.river import KINDS
-from lyceum.config import load_recipe
+from lyceum.config import find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
@@ -146,7 +146,7 @@ def test_a_command_of_a_page_is_one(page: str, command: str) -> None:
     args = make_parser().parse_args(words)
     recipe = getattr(args, "recipe", "RECIPE")
     if recipe != "RECIPE":  # then its settings must exist too, and its sections be there
-        steps = river.plan(load_recipe(river.find_recipe(recipe), args.overrides))
+        steps = river.plan(load_recipe(find_recipe(recipe), args.overrides))
         assert river.choose(steps, args.first, args.last)
 
 

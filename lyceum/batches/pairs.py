@@ -29,16 +29,18 @@ from lyceum.corpus.records import Ranking, read_conversations
 from lyceum.errors import DataError
 from lyceum.log import log
 from lyceum.tokens.chat import ChatFormat
+from lyceum.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class EncodedRanking:
-    """One ranking as ids: a row for each response, its rank, and what else is known of it."""
+    """One ranking as ids: a row for each response, its rank, what else is known of it, and its name for a person."""
 
     rows: list[list[int]]
     ranks: tuple[float, ...]
     probabilities: tuple[float, ...] | None
     meta: dict[str, Any]
+    name: str = ""
 
     @property
     def width(self) -> int:
@@ -67,6 +69,7 @@ class RankingBatch:
         probabilities_B: the probability that a response is the best of its group; NaN where its ranking has none, and
             None if no ranking of the batch has any.
         meta: of each prompt's ranking.
+        names: of each prompt's ranking, for a person who wants to look at it.
     """
 
     tokens_BT: Tensor
@@ -75,6 +78,7 @@ class RankingBatch:
     ranks_B: Tensor
     probabilities_B: Tensor | None
     meta: list[dict[str, Any]]
+    names: tuple[str, ...] = ()
 
     @property
     def num_groups(self) -> int:
@@ -85,6 +89,17 @@ class RankingBatch:
     def num_tokens(self) -> int:
         """Real tokens, pads not counted."""
         return int(self.lengths_B.sum())
+
+    def described(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        """The rows for a person: `row`, the ranking and which of its responses, `rank`, 1 being best, and `text`; none if the
+        rankings have no names."""
+        found: list[dict[str, Any]] = []
+        groups, lengths = self.group_B.tolist() if self.names else [], self.lengths_B.tolist()
+        for row, (group, length, rank) in enumerate(zip(groups, lengths, self.ranks_B.tolist(), strict=False)):
+            name = f"{self.names[group]}, response {row - groups.index(group) + 1}"
+            text = tokenizer.decode(self.tokens_BT[row, :length].tolist(), keep_special=True)
+            found.append({"row": name, "rank": rank, "text": text})
+        return found
 
     def halves(self) -> list[RankingBatch]:
         """The first and the second half of the prompts, each as wide as its longest row; one prompt stays whole."""
@@ -103,6 +118,7 @@ class RankingBatch:
             self.ranks_B[rows],
             None if self.probabilities_B is None else self.probabilities_B[rows],
             self.meta[groups],
+            self.names[groups],
         )
 
 
@@ -112,7 +128,7 @@ def encode_rankings(
     """Rankings as ids; one whose ranks all tie says nothing, one with a row beyond the context is not cut: both go.
 
     Args:
-        rankings: read once.
+        rankings: read once; their names count them, from 1.
         chat: the chat format.
         context_length: the longest row that fits, in tokens; None: any.
 
@@ -121,13 +137,14 @@ def encode_rankings(
     """
     kept: list[EncodedRanking] = []
     num_tied = num_too_long = 0
-    for ranking in rankings:
+    for number, ranking in enumerate(rankings, start=1):
         if len(set(ranking.ranks)) < 2:
             num_tied += 1
             continue
         prompt = chat.prompt(ranking.prompt)
         rows = [prompt + chat.reply(response).ids for response in ranking.responses]
-        encoded = EncodedRanking(rows, ranking.ranks, ranking.probabilities, ranking.meta)
+        name = f"ranking {number} of rankings"
+        encoded = EncodedRanking(rows, ranking.ranks, ranking.probabilities, ranking.meta, name)
         if context_length is not None and encoded.width > context_length:
             num_too_long += 1
         else:
@@ -197,6 +214,7 @@ def _ranking_batch(rankings: Sequence[EncodedRanking], pad_id: int) -> RankingBa
         torch.tensor([rank for ranking in rankings for rank in ranking.ranks], dtype=torch.float32),
         probabilities_B,
         [ranking.meta for ranking in rankings],
+        tuple(ranking.name for ranking in rankings),
     )
 
 

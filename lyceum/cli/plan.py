@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lyceum import device, dist
 from lyceum.cli import river
-from lyceum.config import Recipe, build, load_recipe
+from lyceum.config import Recipe, build, find_recipe, load_recipe
 from lyceum.errors import ConfigError, ResourceError
 from lyceum.log import aligned, show_time
 from lyceum.model.hub import read_json, read_spec
@@ -239,14 +239,15 @@ def memory_there() -> tuple[float, float, str]:
 def check_memory(found: Sequence[Need], machine: MachineConfig | None = None) -> None:
     """Refuse what cannot fit into this machine's memory, or this GPU's.
 
-    A sharded model is cut over the GPUs; on a CPU every rank has made it whole, and rank 0 puts its state together.
+    A sharded model is cut over the ranks; on a CPU rank 0 also puts it together there, to answer prompts.
     Raises ResourceError: what is needed, what there is, and what to lower.
     """
     there, base, name = memory_there()
     for need in found:
         needed = base + total(need.memory)
-        if machine and machine.is_sharded and not base:
-            needed = cut_memory(need.memory, need.spec, dist.world_size(), machine.tensor)
+        if machine and machine.is_sharded:
+            needed = base + cut_memory(need.memory, need.spec, dist.world_size(), machine.tensor)
+            needed += need.memory["weights"] if base else 0
         if needed > there > 0:
             largest = max(PARTS, key=lambda part: need.memory[part])
             by_micro = largest in ("activations", "logits")
@@ -270,7 +271,7 @@ def plan(
 
     Raises ConfigError: the recipe is wrong, or nothing in it trains.
     """
-    recipe = load_recipe(river.find_recipe(recipe_path), overrides)
+    recipe = load_recipe(find_recipe(recipe_path), overrides)
     found = needs(recipe, river.plan(recipe), Path(runs_dir) / recipe.name)
     if not found:
         raise ConfigError(f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward or ppo")
@@ -303,7 +304,7 @@ def plan(
         f"memory is beside {_gb(BASE_BYTES)} of Python and torch",
         f"a GPU: {MFU:.0%} of its dense bf16 peak from width {MFU_WIDTH:,} up, in proportion below; fp32 weights and "
         f"optimizer; {ROOM:.0%} of its memory",
-        "FSDP and TP are what the memory asks for: the recipe's [machine], for pretrain and sft; reward and ppo are data "
+        "FSDP and TP are what the memory asks for: the recipe's [machine], for pretrain, sft and reward; ppo is data "
         "parallel only",
     ]
     return "\n".join(lines).strip()

@@ -11,6 +11,9 @@ knows nothing of what lies outside the run, such as the files of ``corpus.folder
 sections' folders, or change the seed.
 
 With ``--from S`` nothing before S is run: what the chosen sections start from must be finished and unchanged.
+
+Keys need the stages' settings, and importing the stages takes seconds. A run whose manifest was written from this very
+recipe by this very code has its keys there already: where it is finished, its result is shown at once.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lyceum
 from lyceum import device, dist
-from lyceum.config import TABLES, Recipe, Section, build, load_recipe, settings_of, to_toml
+from lyceum.config import TABLES, Recipe, Section, build, find_recipe, load_recipe, settings_of, to_toml
 from lyceum.errors import ConfigError, LyceumError, RunError, did_you_mean
 from lyceum.log import log, show_time
 from lyceum.run import (
@@ -185,12 +188,39 @@ def plan(recipe: Recipe) -> list[Step]:
     return steps
 
 
+def made_from(recipe: Recipe) -> str:
+    """A hash of everything that keys are made from: the recipe with its overrides, and all of our code."""
+    found = hashlib.blake2b(repr(replace(recipe, path=Path())).encode(), digest_size=12)
+    package = Path(lyceum.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        found.update(b"%s\0%s\0" % (file.relative_to(package).as_posix().encode(), file.read_bytes()))
+    return found.hexdigest()
+
+
+def remembered(recipe: Recipe, path: Path) -> list[Step] | None:
+    """The plan of `recipe` with the keys in the manifest of `path`, without settings; None where keys may differ."""
+    manifest, kinds = read_manifest(path), {section.kind: KINDS.get(section.kind) for section in recipe.sections}
+    is_ours = all(kind is not None and kind.module.startswith("lyceum.") for kind in kinds.values())
+    if not is_ours or manifest.get("made_from") != made_from(recipe):
+        return None
+    steps: list[Step] = []
+    for section in recipe.sections:
+        kind = KINDS[section.kind]
+        inputs = _find_inputs(section, kind, steps, _where(section, recipe))
+        steps.append(Step(section, kind, None, inputs, 0, manifest["keys"][section.name]))
+    return steps
+
+
+def _where(section: Section, recipe: Recipe) -> str:
+    name = section.kind if section.kind == section.name else f"{section.kind}.{section.name}"
+    return f"[{name}] in {recipe.path}"
+
+
 def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
-    kind = KINDS[section.kind]
-    where = f"[{section.kind}]" if section.kind == section.name else f"[{section.kind}.{section.name}]"
-    inputs = _find_inputs(section, kind, earlier, f"{where} in {recipe.path}")
+    kind, where = KINDS[section.kind], _where(section, recipe)
+    inputs = _find_inputs(section, kind, earlier, where)
     module = importlib.import_module(kind.module)
-    config = build(getattr(module, kind.config), section.settings, f"{where} in {recipe.path}")
+    config = build(getattr(module, kind.config), section.settings, where)
     seed = int.from_bytes(hashlib.blake2b(f"{recipe.seed}/{section.name}".encode(), digest_size=4).digest(), "big")
     keys = {step.name: step.key for step in earlier}
     made_from = {
@@ -276,6 +306,8 @@ def run_recipe(
     """
     recipe = load_recipe(find_recipe(recipe_path), overrides)
     path = Path(runs_dir) / recipe.name
+    if dist.world_size() == 1 and _show_finished(recipe, path, runs_dir, first, last):
+        return path
     device.prepare("train", threads=_threads_of(path))
     dist.start()
     try:
@@ -295,6 +327,20 @@ def run_recipe(
     finally:
         dist.stop()
     return path
+
+
+def _show_finished(recipe: Recipe, path: Path, runs_dir: Path | str, first: str, last: str) -> bool:
+    """Show what a run has come to if all that is asked for is plainly finished; otherwise False."""
+    steps = remembered(recipe, path)
+    chosen = choose(steps, first, last) if steps else []
+    if not steps or not all(Run(path).is_finished(step.name, step.key) for step in chosen):
+        return False
+    with Run.open(recipe, runs_dir) as run:
+        missing_inputs(run, steps, chosen)
+        for step in chosen:
+            _say_done(run, step, f"{steps.index(step) + 1}/{len(steps)}")
+        _close(run, recipe, steps, redraw=False)
+    return True
 
 
 def missing_inputs(run: Run, steps: Sequence[Step], chosen: Sequence[Step]) -> None:
@@ -327,8 +373,7 @@ def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:
     """Run one section if its key says so; under torchrun rank 0 decides for all."""
     needed = dist.is_main() and not run.is_finished(step.name, step.key)
     if not dist.sum_numbers({"needed": float(needed)})["needed"]:
-        state = read_state(run.path / step.name)
-        log.info(f"[{count}] {step.name}: done before ({show_time(state.wall_s if state else 0)})")
+        _say_done(run, step, count)
         return
     folder = run.folder(step.name)
     wanted = State(step.key, step.section.kind, settings_of(step.config), step.inputs)
@@ -350,6 +395,11 @@ def _run_step(run: Run, recipe: Recipe, step: Step, count: str) -> None:
     dist.barrier()
 
 
+def _say_done(run: Run, step: Step, count: str) -> None:
+    state = read_state(run.path / step.name)
+    log.info(f"[{count}] {step.name}: done before ({show_time(state.wall_s if state else 0)})")
+
+
 def _call(step: Step, work: Work) -> dict[str, Any]:
     """The section's entry function; the traceback of a mistake of ours is kept in the run's folder."""
     entry = importlib.import_module(step.kind.module).run
@@ -369,11 +419,14 @@ def _call(step: Step, work: Work) -> dict[str, Any]:
         raise
 
 
-def _close(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
-    """Show what the run has come to: the report, if the questions have been asked, and how to go on."""
+def _close(run: Run, recipe: Recipe, steps: Sequence[Step], redraw: bool = True) -> None:
+    """Show what the run has come to: the report, if the questions have been asked, and how to go on.
+
+    Without `redraw` its page is left as it is, if nothing of what it shows has changed since.
+    """
     finished = [step for step in steps if run.is_finished(step.name, step.key)]
     if any(step.section.kind == "eval" for step in finished):
-        built = importlib.import_module(REPORT).build(run.path, recipe)
+        built = importlib.import_module(REPORT).build(run.path, recipe, redraw=redraw)
         print("\n".join(built["lines"]))
     else:
         states = [state for step in finished if (state := read_state(run.path / step.name)) is not None]
@@ -384,30 +437,7 @@ def _close(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
     sys.stdout.flush()
 
 
-# -------------------------------------------------------------------------------- recipes and the record
-
-
-def find_recipe(given: str | Path) -> Path:
-    """The file of a recipe that is given by path or, for a packaged one, by name.
-
-    Raises:
-        ConfigError: there is none; the hint names the nearest.
-    """
-    path = Path(given)
-    if path.is_file():
-        return path
-    known = {file.stem: file for folder in _recipe_folders() for file in sorted(folder.glob("*.toml"))}
-    if str(path.parent) in (".", "recipes") and path.stem in known and path.suffix in ("", ".toml"):
-        return known[path.stem]
-    raise ConfigError(
-        f"there is no recipe {given}", hint=did_you_mean(path.stem, known) or "give the path of a .toml file"
-    )
-
-
-def _recipe_folders() -> list[Path]:
-    """Where recipes come with the package: inside it when installed, beside it in a checkout."""
-    package = Path(lyceum.__file__).parent
-    return [folder for folder in (package.parent / "recipes", package / "recipes") if folder.is_dir()]
+# -------------------------------------------------------------------------------- the record
 
 
 def record(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
@@ -428,6 +458,7 @@ def record(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
         "seed": recipe.seed,
         "seeds": {step.name: step.seed for step in steps},
         "keys": {step.name: step.key for step in steps},
+        "made_from": made_from(recipe),
         "threads": device.num_threads(),
         "ranks": dist.world_size(),
         "python": platform.python_version(),

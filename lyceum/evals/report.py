@@ -60,8 +60,11 @@ CURVES = {
 }
 
 
-def build(run_folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Write report.json and report.html of the run; returns {"lines": what to print, "path": the page}."""
+def build(run_folder: Path, recipe: Recipe, *, redraw: bool = True) -> dict[str, Any]:
+    """Write report.json and report.html of the run; returns {"lines": what to print, "path": the page}.
+
+    Drawing takes a second or two: without `redraw` files that are newer than all they are made from are left.
+    """
     sections = {section.name: section.kind for section in recipe.sections}
     reports = {name: _json(run_folder / name / "report.json") for name in sections}
     by_kind = {kind: reports[name] for name, kind in sections.items() if reports[name]}
@@ -81,15 +84,20 @@ def build(run_folder: Path, recipe: Recipe) -> dict[str, Any]:
         "reward_model": _pick(by_kind.get("reward", {}), ("accuracy_noisy", "accuracy_clean", "length_baseline")),
         "open_book": table.get("open_book"),
     }
-    write_json(run_folder / "report.json", result)
     examples = next(
         (_json(run_folder / name / "examples.json") for name, kind in sections.items() if kind == "eval"), {}
     )
-    write_text(run_folder / "report.html", _page(result, run_folder, sections, reports, examples))
-    lines = (
-        _transcript_lines(examples) + table_lines(result) + [_facts(result), f"report: {run_folder / 'report.html'}"]
-    )
-    return {"lines": lines, "path": run_folder / "report.html"}
+    page = run_folder / "report.html"
+    if redraw or not _is_newest(page, run_folder, sections):
+        write_json(run_folder / "report.json", result)
+        write_text(page, _page(result, run_folder, sections, reports, examples))
+    lines = _transcript_lines(examples) + table_lines(result) + [_facts(result), f"report: {page}"]
+    return {"lines": lines, "path": page}
+
+
+def _is_newest(page: Path, run_folder: Path, sections: Mapping[str, str]) -> bool:
+    files = [file for name in sections for file in (run_folder / name).glob("*.json*")]
+    return page.exists() and all(file.stat().st_mtime <= page.stat().st_mtime for file in files)
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:

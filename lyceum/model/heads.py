@@ -37,9 +37,16 @@ class ScoreModel(nn.Module):
         """Put a fresh head on `decoder`; nothing is copied."""
         return cls(decoder, generator)
 
-    def forward(self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the raw score (B, T) at every position: what the model says of each row up to there."""
-        return self.score(self.decoder(tokens_BT, cache=cache)).squeeze(-1)
+    def forward(self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None, at_B: Tensor | None = None) -> Tensor:
+        """Return the raw score (B, T) at every position: what the model says of each row up to there.
+
+        With `at_B` only the score (B,) at that position of each row.
+        """
+        hidden = self.decoder(tokens_BT, cache=cache)
+        if at_B is not None:
+            hidden = hidden[torch.arange(len(at_B), device=hidden.device), at_B]
+        with torch.autocast(hidden.device.type, enabled=False):  # two scores are told apart by their last digits
+            return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from lyceum import dist
 from lyceum.errors import CheckpointError, ConfigError
 from lyceum.model.hub import COPY_AGAIN, read_json, read_weights
 from lyceum.model.transformer import Decoder
@@ -84,7 +85,7 @@ class LoraLinear(nn.Linear):
     def merged(self) -> nn.Linear:
         """A bare linear layer that does the same; nothing is shared with this one but the bias."""
         bare = skip_init(nn.Linear, self.in_features, self.out_features, bias=False, device="meta")
-        bare.weight = nn.Parameter(self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight))
+        bare.weight = nn.Parameter(_sum(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale))
         bare.bias = self.bias
         return bare
 
@@ -129,10 +130,28 @@ def merge(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def save_adapters(folder: Path | str, model: Decoder, base: str = "") -> None:
-    """Write the adapters alone, in PEFT's format, replacing `folder` in one step.
+@torch.no_grad()
+def merged_tensors(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """What `merge` makes of an adapted model's tensors, or of those of some layers, by their names; the rest is shared."""
+    found = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            found[f"{layer}.weight"] = _sum(tensors[f"{layer}.weight"], a, tensors[f"{layer}.lora_B.weight"], scale)
+    return found
 
-    `base` is the name or folder of the model they were trained beside. Raises ResourceError when the disk is full.
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return weight + scale * (b @ a)
+
+
+def save_adapters(
+    folder: Path | str, model: Decoder, base: str = "", *, gather: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Write the adapters alone, in PEFT's format, replacing `folder` in one step; rank 0 does.
+
+    `base` is the name or folder of the model they were trained beside. `gather` puts one tensor of a sharded model
+    together on rank 0: then every rank must call this. Raises ResourceError when the disk is full.
     """
     adapted = _adapted(model)
     assert adapted, "a model without adapters has none to save"
@@ -152,9 +171,12 @@ def save_adapters(folder: Path | str, model: Decoder, base: str = "") -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    tensors = {PREFIX + name: gather(t) if gather else t for name, t in _adapter_tensors(model).items()}
+    if not dist.is_main():
+        return
     with fresh_folder(folder) as fresh:
-        tensors = {PREFIX + name: t.detach().cpu().contiguous() for name, t in _adapter_tensors(model).items()}
-        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(held, fresh / WEIGHTS, metadata={"format": "pt"})
         write_json(fresh / CONFIG, config)
 
 

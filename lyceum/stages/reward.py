@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -47,12 +47,15 @@ from lyceum.run import checkpoint_in
 from lyceum.tokens.chat import ChatFormat
 from lyceum.train import policy as algebra
 from lyceum.train.loop import run_stage
+from lyceum.train.parallel import gathered
 from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
 
 if TYPE_CHECKING:
     from lyceum.run import Work
 
 VERSION = 1
+SCORE_TOKENS = 8192  # read at once where nothing is learned, pads included
+HEAD = "score.weight"  # the tensor that turns a hidden state into a score
 
 # ---------------------------------------------------------------- configuration
 
@@ -86,9 +89,7 @@ class RewardConfig(TrainConfig):
 def last_scores(model: ScoreModel, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
     """The raw score (B,) at the last real token of each right-padded row."""
     device = model.score.weight.device
-    hidden_BTD = model.decoder(tokens_BT.to(device))
-    rows_B = torch.arange(len(lengths_B), device=device)
-    return model.score(hidden_BTD[rows_B, lengths_B.to(device) - 1]).squeeze(-1)
+    return model(tokens_BT.to(device), at_B=lengths_B.to(device) - 1)
 
 
 def pair_probabilities(batch: RankingBatch, pairs: algebra.Pairs) -> Tensor | None:
@@ -186,15 +187,24 @@ def judge(scores: Sequence[Sequence[float]], rankings: Sequence[EncodedRanking])
 
 @torch.no_grad()
 def score_responses(
-    model: ScoreModel, rows: Sequence[Sequence[int]], centre: float = 0.0, *, micro_tokens: int = 8192
+    model: ScoreModel, rows: Sequence[Sequence[int]], centre: float = 0.0, *, micro_tokens: int = SCORE_TOKENS
 ) -> list[float]:
     """Score of each row (prompt + response) at its last token, less `centre`; in the order of the rows."""
-    scores = [0.0] * len(rows)
+    scores = _scores_of(model, rows, _groups(rows, micro_tokens))
+    return [scores[i] - centre for i in range(len(rows))]
+
+
+def _groups(rows: Sequence[Sequence[int]], micro_tokens: int) -> list[list[int]]:
     lengths = [len(row) for row in rows]
-    for group in bucket(lengths, max([micro_tokens, *lengths]), 0):
+    return bucket(lengths, max([micro_tokens, *lengths]), 0)
+
+
+def _scores_of(model: ScoreModel, rows: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> dict[int, float]:
+    """Number of a row -> its raw score."""
+    scores: dict[int, float] = {}
+    for group in groups:
         tokens_BT, lengths_B = pad([rows[i] for i in group], 0)
-        for i, score in zip(group, last_scores(model, tokens_BT, lengths_B).tolist(), strict=True):
-            scores[i] = score - centre
+        scores |= zip(group, last_scores(model, tokens_BT, lengths_B).tolist(), strict=True)
     return scores
 
 
@@ -205,10 +215,10 @@ class RewardModel:
     model: ScoreModel
     centre: float
     tokenizer: Any
-    micro_tokens: int = 8192
+    micro_tokens: int = SCORE_TOKENS
 
     @classmethod
-    def load(cls, folder: Path | str, *, micro_tokens: int = 8192) -> RewardModel:
+    def load(cls, folder: Path | str, *, micro_tokens: int = SCORE_TOKENS) -> RewardModel:
         """Opens the checkpoint that this stage saved.
 
         Raises:
@@ -235,7 +245,13 @@ class Reward(Stage[RankingBatch]):
 
     kind = "reward"
     headline = "accuracy"
+    can_shard = True
     config: RewardConfig
+
+    @property
+    def model(self) -> ScoreModel:
+        """What is trained."""
+        return cast(ScoreModel, self.trained["reward"].module)
 
     def start(self, work: Work) -> None:
         """Puts a fresh head on the fine-tuned policy and reads the rankings."""
@@ -258,7 +274,7 @@ class Reward(Stage[RankingBatch]):
         self, model: ScoreModel, train: EncodedRankings, valid: EncodedRankings, chat: ChatFormat, *, seed: int
     ) -> None:
         """Sets the stage from things in memory; `valid` may be empty."""
-        self.model, self.train, self.valid, self.chat, self.seed = model, train, valid, chat, seed
+        self.train, self.valid, self.chat, self.seed = train, valid, chat, seed
         self.trained = {"reward": Trained(model, self.config.optimizer(), self.config.clip_norm)}
         self.steps_per_epoch = -(-len(train.rankings) // self.config.batch_prompts)
         self.num_steps = self.config.epochs * self.steps_per_epoch
@@ -301,26 +317,33 @@ class Reward(Stage[RankingBatch]):
         """Its prompts in two."""
         return micro_batch.halves()
 
+    def describe(self, micro_batch: RankingBatch) -> list[dict[str, Any]]:
+        """The ranking's number in the rankings' train.jsonl, from 1, and each of its responses with prompt and rank."""
+        return micro_batch.described(self.chat.tokenizer)
+
+    @torch.no_grad()
     def score_all(self, rankings: Sequence[EncodedRanking]) -> list[list[float]]:
-        """Raw scores of every response, ranking by ranking."""
-        flat = score_responses(self.model, [row for ranking in rankings for row in ranking.rows])
-        rest = iter(flat)
+        """Raw scores of every response, ranking by ranking, on every rank: each reads its share."""
+        rows = [row for ranking in rankings for row in ranking.rows]
+        groups = _groups(rows, SCORE_TOKENS)
+        mine = dist.share(groups)
+        scored = _scores_of(self.model, rows, mine)
+        if len(mine) * dist.data_size() < len(groups):  # another rank reads one more; a sharded model's pass needs all
+            _scores_of(self.model, rows, groups[:1])
+        found = dict(dist.gather(list(scored.items())))
+        rest = (found[i] for i in range(len(rows)))
         return [[next(rest) for _ in ranking.rows] for ranking in rankings]
 
     def validate(self) -> dict[str, float]:
-        """Accuracy and loss on the validation rankings, over all ranks."""
-        mine = dist.share(self.valid.rankings)
-        sums = {"right": 0.0, "pairs": 0.0, "loss": 0.0, "prompts": 0.0}
-        for scores, ranking in zip(self.score_all(mine), mine, strict=True):
-            margins = torch.tensor(differences(scores, ranking.ranks))
-            sums["right"] += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-            sums["pairs"] += len(margins)
-            sums["loss"] += float(algebra.pair_loss(margins).mean())
-            sums["prompts"] += 1
-        sums = dist.sum_numbers(sums)
-        if not sums["prompts"]:
+        """Accuracy and loss on the validation rankings."""
+        rankings = self.valid.rankings
+        if not rankings:
             return {}
-        return {"accuracy": sums["right"] / sums["pairs"], "loss": sums["loss"] / sums["prompts"]}
+        pairs = zip(self.score_all(rankings), rankings, strict=True)
+        margins = [torch.tensor(differences(scores, ranking.ranks)) for scores, ranking in pairs]
+        right = sum(float((m > 0).sum() + 0.5 * (m == 0).sum()) for m in margins)
+        loss = sum(float(algebra.pair_loss(m).mean()) for m in margins)
+        return {"accuracy": right / sum(map(len, margins)), "loss": loss / len(margins)}
 
     def save(self, folder: Path, snapshot: str = "") -> None:
         """Normalises, judges and writes the reward model; the weights in training stay as they were."""
@@ -345,20 +368,16 @@ class Reward(Stage[RankingBatch]):
                 **normalised,
                 "judged_on_training_data": not self.valid.rankings,
             }
-        before = self.model.score.weight.detach().clone()
-        self.model.rescale(1 / scale)
-        try:
-            name = snapshot or self.trained["reward"].save_as
-            if name is not None:
-                save_checkpoint(folder / name, self.model, self.tokenizer, {**self.info(), **normalised})
-        finally:
-            with torch.no_grad():
-                self.model.score.weight.copy_(before)
+
+        def rescaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor * (1 / scale) if name == HEAD else tensor for name, tensor in tensors.items()}
+
+        info, place = {**self.info(), **normalised}, snapshot or self.trained["reward"].save_as
+        if place is not None:
+            save_checkpoint(folder / place, self.model, self.tokenizer, info, gather=gathered, change=rescaled)
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Accuracies beside their baseline and ceiling, calibration, and what was left out."""
-        if not self.results:  # a rank that saves nothing
-            return {}
         found = self.results
         clean = f", {found['accuracy_clean']:.1%} of clean ones" if "accuracy_clean" in found else ""
         return {

@@ -27,9 +27,9 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,12 +42,13 @@ from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.errors import CheckpointError, TrainingError
 from lyceum.log import log
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
-from lyceum.model.lora import adapt, merge, save_adapters
+from lyceum.model.lora import adapt, merged_tensors, save_adapters
 from lyceum.model.transformer import Decoder
 from lyceum.run import checkpoint_in
 from lyceum.tokens.chat import ChatFormat, Rendered
 from lyceum.train.loop import run_stage
 from lyceum.train.losses import mean_loss, next_token_loss
+from lyceum.train.parallel import gathered
 from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
 
 if TYPE_CHECKING:
@@ -248,10 +249,10 @@ class SFT(Stage[TokenBatch]):
         if not self.config.lora_rank:
             return super().save(folder, snapshot)
         if not snapshot:
-            save_adapters(folder / "adapter", self.model, self.parent or "")
-        merged = copy.deepcopy(self.model)
-        merge(merged)
-        save_checkpoint(folder / (snapshot or "checkpoint"), merged, self.tokenizer, self.info())
+            save_adapters(folder / "adapter", self.model, self.parent or "", gather=gathered)
+        merge = partial(merged_tensors, scale=self.config.lora_alpha / self.config.lora_rank)
+        place = folder / (snapshot or "checkpoint")
+        save_checkpoint(place, self.model, self.tokenizer, self.info(), gather=gathered, change=merge)
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Validation loss and accuracy, and what was learned from."""

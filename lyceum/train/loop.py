@@ -17,8 +17,8 @@ Guarantees, each with a test in `tests/train/test_loop.py`:
   touched; the last saved state stands. So is a loss that has leapt, where the recipe asks for it (`lyceum.train.watch`).
   The rows at fault are then in bad-batch.jsonl.
 
-The trainer state is one safetensors file, replaced atomically: weights, optimizer, running average, torch's random
-numbers, and as JSON in its header the step, the totals so far and `stage.state_dict()`.
+The trainer state is weights, optimizer, running average, torch's random numbers, and as JSON the step, the totals so far
+and `stage.state_dict()`; of a sharded model every rank writes its own part (`lyceum.train.state`).
 
 What it is not: a home for algorithms (no `if` here knows a stage). How a model is cut over ranks is the affair of
 `lyceum.train.parallel`. The random state of a GPU is not saved, because nothing that trains here draws from it.
@@ -48,7 +48,7 @@ from lyceum.train import workers
 from lyceum.train.optim import Learner, schedule
 from lyceum.train.parallel import Parallel, ranks_together
 from lyceum.train.stage import Stage, Step
-from lyceum.train.state import STATE, environment, random_states, read_state, write_state
+from lyceum.train.state import STATE, SavedState, environment, random_states, write_state
 from lyceum.train.watch import SPIKE_STEPS, Spike, Trackers, watch_config
 from lyceum.train.workers import Sums, add, merge
 
@@ -203,7 +203,7 @@ class _Loop:
         # Every rank brings its part of each count, so that the sums over ranks are total and count.
         sums = {f"loss/{term}": [0.0, count / dist.data_size()] for term, count in counts.items()}
         sums["loss"] = [0.0, 1.0 / dist.data_size()]
-        if is_logged and len(counts) > 1:
+        if is_logged and len(counts) > 1 and not self.parallel.is_sharded:  # one pass a micro-batch, as on every rank
             norms = self._backward_by_term(step, counts, sums)
         else:
             norms = self._backward(step, counts, sums)
@@ -399,15 +399,12 @@ class _Loop:
                 learner.swap()
                 learner.module.train()
 
-    def _whole(self) -> contextlib.AbstractContextManager[None]:
-        return self.parallel.whole(self.stage, {name: learner.held for name, learner in self.learners.items()})
-
     def _validate(self) -> dict[str, float]:
         with self._averaged():
             with torch.no_grad():
                 numbers = self.stage.validate()
-            with self._whole():
-                rows = self.stage.samples() if dist.is_main() else []
+            with self.parallel.whole(self.stage) as is_whole:
+                rows = self.stage.samples() if is_whole and dist.is_main() else []
                 dist.barrier()  # which is more patient than the next step's sums
         for row in rows:
             self.samples.write(self.done, row)
@@ -420,8 +417,8 @@ class _Loop:
     def _save_model(self, snapshot: str = "") -> None:
         results = {name: value for name, value in self.final.items() if name.startswith("valid/")}
         self.stage.origin |= {"step": self.done, "results": results}
-        with self._averaged(), self._whole():
-            if dist.is_main():
+        with self._averaged():
+            if dist.is_main() or self.stage.can_shard:
                 self.stage.save(self.work.folder.path, snapshot)
             dist.barrier()
 
@@ -438,13 +435,10 @@ class _Loop:
     # -------------------------------------------------------------------------------- saving and resuming
 
     def _save(self) -> None:
-        """Writes the trainer state; every rank takes part, rank 0 writes."""
-        tensors: dict[str, Tensor] = {}
-        for name, learner in self.learners.items():
-            tensors.update({f"{name}/{key}": value for key, value in learner.state_tensors().items()})
+        """Writes the trainer state, every rank its own part."""
         stage_state = self.stage.state_dict()
-        tensors.update({f"stage/{key}": value for key, value in stage_state.items() if isinstance(value, Tensor)})
-        tensors["random"] = random_states()
+        tensors = {f"stage/{key}": value for key, value in stage_state.items() if isinstance(value, Tensor)}
+        tensors |= {**self._state_tensors(), "random": random_states()}
         header = {
             "step": self.done,
             "tokens": self.tokens,
@@ -457,10 +451,13 @@ class _Loop:
             "settings": self._settings(),
             "environment": environment(),
         }
-        if dist.is_main():
-            write_state(self.work.folder.trainer / STATE, tensors, header)
+        write_state(self.work.folder.trainer / STATE, tensors, header)
         self.saved_at = self.done
         dist.barrier()
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        learners = self.learners.items()
+        return {f"{name}/{key}": value for name, learner in learners for key, value in learner.state_tensors().items()}
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a saved state to be gone on with."""
@@ -472,7 +469,8 @@ class _Loop:
         path = self.work.folder.trainer / STATE
         if not path.exists():
             return
-        tensors, header = read_state(path)
+        saved = SavedState(path)
+        header = saved.header
         if header["settings"] != self._settings():
             changed = [k for k, v in self._settings().items() if header["settings"].get(k, v) != v]
             raise RunError(
@@ -483,16 +481,12 @@ class _Loop:
             if header["environment"].get(key) != now:
                 change = f"{key} {now} instead of {header['environment'].get(key)}"
                 log.warning(f"{self.stage.kind} goes on with {change}: losses may differ in their last digits")
-        for name, learner in self.learners.items():
-            learner.load_state_tensors(_below(f"{name}/", tensors))
-        self.stage.load_state_dict({**header["stage"], **_below("stage/", tensors)})
+        saved.copy_into(self._state_tensors())
+        self.stage.load_state_dict({**header["stage"], **saved.below("stage/")})
         self.stage.stop, self.halvings = header["stop"], header.get("halvings", 0)
         self.spike.state.update(header.get("spike", {}))  # an older state has none
         self.done = self.saved_at = header["step"]
         self.tokens, self.seconds, self.final = header["tokens"], header["seconds"], header["final"]
-        torch.set_rng_state(tensors["random"][dist.data_rank() % len(tensors["random"])].clone())
+        (random,) = saved.below("random").values()
+        torch.set_rng_state(random[dist.data_rank() % len(random)].clone())
         log.info(f"{self.stage.kind}: going on after step {self.done} of {self.stage.num_steps}")
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lyceum import device, dist
-from lyceum.train.parallel import PER_HEAD, copies, for_main, like, local, own, whole
+from lyceum.train.parallel import PER_HEAD, copies, like, local, own, whole
 
 # The quintic's coefficients (a, b, c): chosen in the post for the steepest slope at zero, so singular values end
 # in about [0.7, 1.2] rather than at exactly 1.
@@ -267,34 +267,16 @@ class Learner:
                 average.copy_(kept)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything needed to go on: parameters (tied ones once) and persistent buffers, optimizer state, average.
-
-        Sharded tensors are put together in rank 0's memory, one at a time; other ranks get empty ones.
-        """
-        held = {f"weights/{name}": for_main(local(tensor), tensor).detach() for name, tensor in self.held.items()}
+        """Everything needed to go on, in its own memory: parameters (tied ones once) and persistent buffers, optimizer
+        state, average. Of a sharded module pieces, laid out as its parameters are."""
+        held = {f"weights/{name}": tensor for name, tensor in self.held.items()}
         for (name, p), average in zip(self.named.items(), self.average, strict=False):
-            held[f"average/{name}"] = for_main(average, p)
+            held[f"average/{name}"] = like(average, p)
         for (name, p), piece in zip(self.named.items(), self.parameters, strict=True):
             for optimizer, _ in self._optimizers:
                 for key, value in optimizer.state.get(piece, {}).items():
-                    held[f"optimizer/{name}/{key}"] = for_main(value, p) if value.shape == piece.shape else value
+                    held[f"optimizer/{name}/{key}"] = like(value, p) if value.shape == piece.shape else value
         return held
-
-    def load_state_tensors(self, held: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave rank 0 (copied), whatever the ranks were then."""
-        with torch.no_grad():
-            for name, tensor in self.held.items():
-                local(tensor).copy_(own(held[f"weights/{name}"], tensor))
-            for (name, p), average in zip(self.named.items(), self.average, strict=False):
-                average.copy_(own(held[f"average/{name}"], p))
-        states = {piece: state for optimizer, _ in self._optimizers for piece, state in optimizer.state.items()}
-        pieces = dict(zip(self.named, self.parameters, strict=True))
-        for full_name, value in held.items():
-            if full_name.startswith("optimizer/"):
-                name, key = full_name.removeprefix("optimizer/").rsplit("/", 1)
-                piece, parameter = pieces[name], self.named[name]
-                mine = own(value, parameter) if value.shape == parameter.shape else value
-                states[piece][key].copy_(mine)
 
     def _weights(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict().keys()

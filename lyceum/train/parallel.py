@@ -14,7 +14,7 @@ the full tensor and back. PyTorch's engine is imported where it is used: it take
 
 Run by: `lyceum.train.loop`, on modules that the stage built, before they move to the device. docs/scale.md has the launch
 lines and the arithmetic. What it is not: sequence, context, pipeline or expert parallel; nor for stages that generate while
-they train, whose log-probabilities must be those of their engine; these also stay in fp32.
+they train (PPO), whose log-probabilities must be those of their engine; these also stay in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lyceum import dist
+from lyceum import device, dist
 from lyceum.errors import ConfigError, RunError
 from lyceum.log import log
 from lyceum.model.transformer import DecoderLayer
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 CUT_OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 CUT_IN = ("self_attn.o_proj", "mlp.down_proj")
+ROOM = 0.5  # of its machine's memory rank 0 may fill with the whole model
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e18}  # from here on it pays: some 20 minutes of two cores, an hour of a GPU
 PER_HEAD = ("q_norm.weight", "k_norm.weight")  # whole on every rank of a row, which sees only its own heads' gradient
@@ -74,7 +75,7 @@ class Parallel:
         for name, trained in stage.trained.items():
             layers = [layer for layer in trained.module.modules() if isinstance(layer, DecoderLayer)]
             if self.is_sharded:
-                self.shapes[name] = copy.deepcopy(trained.module).to("meta")
+                self.shapes[name] = _without_weights(trained.module)
                 self._shard(trained.module, layers)
             for layer in layers:
                 if compiles:
@@ -131,23 +132,33 @@ class Parallel:
         return dist.gather(micro_batches[:1])[:1] * missing if min(numbers) < max(numbers) else []
 
     @contextmanager
-    def whole(self, stage: Stage[Any], held: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-        """Inside, rank 0's trained modules are in one piece, in its own memory: it answers prompts and saves alone.
+    def whole(self, stage: Stage[Any]) -> Iterator[bool]:
+        """Inside, rank 0's trained modules are in one piece, in its own memory, so that it can answer prompts alone.
 
-        Args:
-            held: name of a trained module -> its tensors, sharded. Every rank must come here.
+        Every rank must come here; False where so much memory is not there.
         """
         sharded = {name: stage.trained[name].module for name in self.shapes}
-        for name, shape in self.shapes.items():
-            weights = {key: for_main(local(tensor), tensor).detach() for key, tensor in held[name].items()}
+        size, there = sum(p.nbytes for m in self.shapes.values() for p in m.parameters()), device.memory_bytes()
+        fits = dist.is_main() and (size < ROOM * there or not there)
+        fits = not self.is_sharded or dist.sum_everywhere(float(fits)) > 0
+        if not fits:
+            log.warning(f"no prompts are answered: {size / 1e9:,.1f} GB of weights are too much for rank 0's machine")
+        for name, shape in self.shapes.items() if fits else ():
+            weights = {key: gathered(tensor) for key, tensor in sharded[name].state_dict().items()}
             if dist.is_main():
-                stage.trained[name].module = copy.deepcopy(shape).to_empty(device="cpu").eval()
-                stage.trained[name].module.load_state_dict(weights)
+                stage.trained[name].module = copy.deepcopy(shape).eval()
+                stage.trained[name].module.load_state_dict(weights, assign=True)
         try:
-            yield
+            yield fits
         finally:
             for name, module in sharded.items():
                 stage.trained[name].module = module
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A copy on the device "meta", made without a copy of the weights."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, dict(empty)).to("meta")
 
 
 def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -228,17 +239,27 @@ def whole(piece: Tensor, tensor: Tensor) -> Tensor:
     return laid_out.to_local()
 
 
+def place(tensor: Tensor) -> list[tuple[int, int]]:
+    """Where this rank's piece stands in the whole of `tensor`: its start and its length along each side."""
+    spans = [(0, size) for size in tensor.shape]
+    if is_piece(tensor):
+        # the row cut first, then over the rows: fully_shard came after the tensor cut
+        for dim in reversed(range(tensor.device_mesh.ndim)):
+            placement = tensor.placements[dim]
+            if not placement.is_replicate():
+                side: int = placement.dim  # type: ignore[attr-defined]
+                start, length = spans[side]
+                most = -(-length // tensor.device_mesh.size(dim))  # the last ranks have what the others leave
+                begun = min(most * tensor.device_mesh.get_local_rank(dim), length)
+                spans[side] = (start + begun, min(most, length - begun))
+    return spans
+
+
 def own(full: Tensor, tensor: Tensor) -> Tensor:
     """This rank's piece of `full`, which is the same on every rank."""
-    if not is_piece(tensor):
-        return full
-    # the row cut first, then over the rows: fully_shard came after the tensor cut
-    for dim in reversed(range(tensor.device_mesh.ndim)):
-        placement = tensor.placements[dim]
-        if not placement.is_replicate():
-            size, number = tensor.device_mesh.size(dim), tensor.device_mesh.get_local_rank(dim)
-            pieces = full.chunk(size, placement.dim)  # type: ignore[attr-defined]
-            full = pieces[number] if number < len(pieces) else full.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    if is_piece(tensor):
+        for side, (start, length) in enumerate(place(tensor)):
+            full = full.narrow(side, start, length)
     return full
 
 
@@ -246,6 +267,17 @@ def for_main(piece: Tensor, tensor: Tensor) -> Tensor:
     """`whole` in rank 0's own memory; every other rank gets nothing, and must call it all the same."""
     full = whole(piece, tensor)
     return full if full is piece else full.cpu() if dist.is_main() else full.new_empty(0)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """`tensor` in one piece in rank 0's own memory; every other rank gets nothing, and must call it all the same."""
+    return for_main(local(tensor), tensor).detach()
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether this rank is the first of those that hold the same piece of `tensor`."""
+    row = dist.world_size() // dist.data_size()
+    return (copies(tensor, row) == 1 or dist.rank() % row == 0) if is_piece(tensor) else dist.is_main()
 
 
 def copies(tensor: Tensor, row: int) -> int:

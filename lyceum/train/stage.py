@@ -251,18 +251,22 @@ class Stage(ABC, Generic[MicroBatch]):
         return None
 
     def save(self, folder: Path, snapshot: str = "") -> None:
-        """Writes the checkpoint folders into the section folder; called on rank 0.
+        """Writes the checkpoint folders into the section folder; called on rank 0, and where `can_shard` on every rank.
+
+        There `save_checkpoint` puts the weights together and rank 0 writes them; what else is written, rank 0 alone must.
 
         snapshot: empty for the final checkpoints (each Trained under its save_as); otherwise the folder name under
             which the module saved as "checkpoint" is written, and only that one.
         """
         from lyceum.model.checkpoint import Decoder, ScoreModel, save_checkpoint
+        from lyceum.train.parallel import gathered
 
         for trained in self.trained.values():
             if trained.save_as is None or (snapshot and trained.save_as != "checkpoint"):
                 continue
             assert isinstance(trained.module, (Decoder, ScoreModel)), "a stage with another model saves it itself"
-            save_checkpoint(folder / (snapshot or trained.save_as), trained.module, self.tokenizer, self.info())
+            place = folder / (snapshot or trained.save_as)
+            save_checkpoint(place, trained.module, self.tokenizer, self.info(), gather=gathered)
 
     def info(self) -> dict[str, Any]:
         """What lyceum.json says about the checkpoint: parent, stage, recipe, settings, fingerprints, results."""

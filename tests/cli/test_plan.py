@@ -131,6 +131,10 @@ def test_what_fits_only_when_it_is_sharded_or_recomputed_is_not_refused(monkeypa
     plan.check_memory([need], sharded)
     with pytest.raises(ResourceError, match="pretrain needs about 24.0 GB"):
         plan.check_memory([need], MachineConfig())
+    # on a CPU 1 GB of Python and torch more, and 20 GB of weights where rank 0 puts them together
+    monkeypatch.setattr(plan, "memory_there", lambda: (10e9, 1e9, "this machine"))
+    with pytest.raises(ResourceError, match="pretrain needs about 30.3 GB"):
+        plan.check_memory([need], sharded)
     kept, again = planned(), planned("demo", "machine.recompute=true")
     # of 16 rows of 128 tokens: 3 of 4 layers' activations for the inputs of 4; width 128, 4 heads of 32, ffn 384
     layer = 4 * 128 + 3 * 128 + 3 * 128 + 4 * 384

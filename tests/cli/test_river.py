@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,10 +15,11 @@ from typing import Any
 
 import pytest
 
+import lyceum
 from lyceum.cli import river
-from lyceum.config import load_recipe
+from lyceum.config import find_recipe, load_recipe
 from lyceum.errors import ConfigError, LyceumError, RunError
-from lyceum.run import Run, read_state
+from lyceum.run import Run, State, read_state, write_json
 
 ALL = ["soil", "shoot", "tree", "graft", "fruit"]
 
@@ -285,7 +288,8 @@ def test_the_report_is_built_when_the_questions_were_asked_and_only_then(
     report = types.ModuleType("made_up.report")
     built: list[Path] = []
 
-    def build(folder: Path, recipe: Any) -> dict[str, Any]:
+    def build(folder: Path, recipe: Any, redraw: bool) -> dict[str, Any]:
+        assert redraw  # made-up kinds are never remembered
         built.append(folder)
         return {"lines": ["the table", "report: here"], "path": folder / "report.html"}
 
@@ -302,6 +306,84 @@ def test_the_report_is_built_when_the_questions_were_asked_and_only_then(
     assert garden.run() == [] and len(built) == 2
 
 
+SHOW = """
+import sys
+from lyceum.cli.main import main
+
+assert main(sys.argv[1:]) == 0
+print(sorted({"torch", "matplotlib", "numpy"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of runs with a finished demo in it, of which only what the closing display reads is there."""
+    recipe = load_recipe(find_recipe("demo"))
+    steps = river.plan(recipe)
+    with Run.open(recipe, tmp_path / "runs") as run:
+        river.record(run, recipe, steps)
+        for step in steps:
+            folder, _ = run.begin(step.name, State(step.key, step.section.kind, {}, step.inputs, finished=True))
+            write_json(folder.report, {"line": f"{step.name} is done", "drops": {}})
+        lines = [json.dumps({"step": step, "loss/text": 1.0 / step}) for step in (1, 2, 3)]
+        (run.path / "pretrain" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "runs"
+
+
+def shown(runs: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """What `lyceum run demo` says, with the modules it imported, and the processor's seconds that it took."""
+    command = [sys.executable, "-c", SHOW, "run", "demo", "--runs", str(runs), *words]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert said.returncode == 0, said.stderr
+    return said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_a_finished_run_shows_its_result_at_once_and_draws_its_page_only_if_need_be(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    river.run_recipe("demo", runs_dir=finished)
+    first = capsys.readouterr()
+    assert "[9/9] eval: done before" in first.err and "talk to it: lyceum chat" in first.out
+    page = finished / "demo" / "report.html"
+    assert "<svg" in page.read_text() and "pretrain is done" in page.read_text()
+    again, spent = shown(finished)
+    assert again.stdout == first.out and again.stderr.splitlines()[-1] == "[]" and spent < 1.0
+    (finished / "demo" / "pretrain" / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    river.run_recipe("demo", first="reward", last="reward", runs_dir=finished)
+    assert capsys.readouterr().err.splitlines() == ["[7/9] reward: done before (0:00)"]
+    assert "pretrain is done" in page.read_text() and "<svg" not in page.read_text()
+
+
+def test_what_is_not_plainly_finished_is_not_taken_from_memory(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    demo = find_recipe("demo")
+
+    def is_shown(*overrides: str, first: str = "", last: str = "") -> bool:
+        recipe = load_recipe(demo, overrides)
+        return river._show_finished(recipe, finished / recipe.name, finished, first, last)
+
+    assert is_shown() and is_shown(first="sft")
+    for changed in ("sft.epochs=9", "model.depth=3", "seed=5", "watch.spike=3", "machine.recompute=true", "name=other"):
+        assert not is_shown(changed), changed
+    package = tmp_path / "lyceum"
+    shutil.copytree(Path(lyceum.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(lyceum, "__file__", str(package / "__init__.py"))
+    assert is_shown()
+    changed_file = package / "stages" / "ppo.py"
+    changed_file.write_text(changed_file.read_text() + "\n")
+    assert not is_shown()
+    monkeypatch.undo()
+    (finished / "demo" / "ppo" / "state.json").unlink()
+    assert not is_shown() and is_shown(last="reward")
+    (finished / "demo" / "sft" / "state.json").unlink()
+    with pytest.raises(RunError, match="reward starts from sft, which was never run"):
+        is_shown(first="reward", last="reward")
+
+
 # -------------------------------------------------------------------------------- the real table
 
 
@@ -312,21 +394,6 @@ def test_the_real_table_names_kinds_that_exist_and_come_before() -> None:
             assert set(wanted.kinds) <= {*river.KINDS}, name
             assert not wanted.needed or set(wanted.kinds) & {*seen, name}, f"{name} stands before its {wanted.role}"
         seen.append(name)
-
-
-def test_a_packaged_recipe_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(river, "_recipe_folders", lambda: [tmp_path / "recipes"])
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    demo = tmp_path / "recipes" / "demo.toml"
-    demo.write_text("")
-    for given in ("demo", "demo.toml", "recipes/demo.toml", demo):
-        assert river.find_recipe(given) == demo
-    for given in ("demi", "elsewhere/demo.toml", "recipes/demi.toml"):
-        with pytest.raises(ConfigError, match="there is no recipe") as caught:
-            river.find_recipe(given)
-        assert "demo" in caught.value.hint
 
 
 # -------------------------------------------------------------------------------- ranks

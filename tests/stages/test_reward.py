@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lyceum.batches.pairs import EncodedRanking, EncodedRankings, ranking_batches
+from lyceum.batches.pairs import EncodedRanking, EncodedRankings, encode_rankings, ranking_batches
 from lyceum.config import Recipe
 from lyceum.corpus.records import Conversation, Message, Ranking, write_records
 from lyceum.errors import CheckpointError
@@ -23,6 +23,7 @@ from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
 from lyceum.stages import reward
+from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import policy
 
@@ -200,6 +201,27 @@ def test_stage_reads_files_and_reports_what_it_left_out(tmp_path: Path) -> None:
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
     info = json.loads((tmp_path / "reward" / "checkpoint" / "lyceum.json").read_text())
     assert info["parent"] == "sft/checkpoint" and info["stage"] == "reward" and info["reward_centre"] == loaded.centre
+
+
+def test_a_micro_batch_tells_which_rankings_are_in_it() -> None:
+    tokenizer = Tokenizer.train([], 267)
+    chat, rng = ChatFormat(tokenizer), np.random.default_rng(0)
+    given = []
+    for number in range(12):
+        replies = tuple(Message("assistant", f"{number}" * rng.integers(1, 9)) for _ in range(3))
+        ranks = (1.0, 1.0, 1.0) if number % 4 == 1 else tuple((rng.permutation(3) + 1.0).tolist())
+        given.append(Ranking(Conversation((Message("user", f"{number}?"),)), replies, ranks, origin="rule"))
+    stage = reward.Reward(reward.RewardConfig(batch_prompts=4, micro_tokens=200))
+    spec = replace(SPEC, vocab_size=tokenizer.vocab_size)
+    stage.begin(ScoreModel(Decoder(spec)), encode_rankings(given, chat), EncodedRankings([], 0, 0), chat, seed=0)
+    batches = [half for step in stage.steps(0) for batch in step.micro_batches for half in stage.halves(batch)]
+    described = [row for batch in batches for row in stage.describe(batch)]
+    assert len({row["row"] for row in described}) == len(described) == 9 * 3
+    for row in described:
+        words = row["row"].replace(",", "").split()  # ranking 3 of rankings, response 2; both counted from 1
+        ranking, response = given[int(words[1]) - 1], int(words[-1]) - 1
+        ids = [*chat.prompt(ranking.prompt), *chat.reply(ranking.responses[response]).ids]
+        assert row["text"] == tokenizer.decode(ids, keep_special=True) and row["rank"] == ranking.ranks[response]
 
 
 # ---------------------------------------------------------------- learning

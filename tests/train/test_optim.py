@@ -6,12 +6,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lyceum.train.optim import AdamW, Learner, Muon, OptimizerSettings, is_layer_matrix, orthogonalise, schedule
+from lyceum.train.state import STATE, SavedState, write_state
 
 
 @pytest.fixture(autouse=True)
@@ -173,14 +175,15 @@ def test_backward_accumulates_in_the_flat_gradient() -> None:
 
 
 @pytest.mark.parametrize("matrix_lr", [0.0, 0.02])
-def test_a_learner_restored_from_its_tensors_goes_on_bit_for_bit(matrix_lr: float) -> None:
+def test_a_learner_restored_from_its_tensors_goes_on_bit_for_bit(matrix_lr: float, tmp_path: Path) -> None:
     settings = OptimizerSettings(lr=0.01, matrix_lr=matrix_lr, weight_decay=0.1)
     straight = Learner(Tiny(), settings, average_decay=0.9)
     for _ in range(3):
         fill_gradient(straight)
         straight.update(1.0)
     restored = Learner(Tiny(), settings, average_decay=0.9)
-    restored.load_state_tensors({name: tensor.clone() for name, tensor in straight.state_tensors().items()})
+    write_state(tmp_path / STATE, straight.state_tensors(), {"step": 3})
+    SavedState(tmp_path / STATE).copy_into(restored.state_tensors())
     for _ in range(3):
         fill_gradient(straight)
         restored.gradient.copy_(straight.gradient)

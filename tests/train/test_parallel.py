@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,30 +18,36 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 import lyceum
 from lyceum import dist
+from lyceum.batches.pairs import encode_rankings
 from lyceum.batches.shards import Shards, write_shards
 from lyceum.config import Recipe
-from lyceum.corpus.records import Conversation, Document, Message
-from lyceum.errors import ConfigError
+from lyceum.corpus.records import Conversation, Document, Message, Ranking
+from lyceum.errors import CheckpointError, ConfigError
 from lyceum.log import read_metrics
-from lyceum.model import layers
+from lyceum.model import checkpoint, hub, layers
+from lyceum.model.heads import ScoreModel
 from lyceum.model.lora import adapt
 from lyceum.model.presets import GPT2
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
 from lyceum.stages.pretrain import Pretrain, PretrainConfig, held_out
+from lyceum.stages.reward import Reward, RewardConfig
 from lyceum.stages.sft import SFT, SFTConfig
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
-from lyceum.train import loop
+from lyceum.train import loop, parallel, state
 from lyceum.train.machine import machine_config
 from lyceum.train.parallel import Parallel, local, own
 from lyceum.train.stage import Step, Trained
@@ -55,6 +62,7 @@ PRETRAIN = PretrainConfig(
     tokens=6 * 320, row_tokens=32, batch_tokens=320, micro_tokens=64, save_every=2, validate_every=3, **SHARED
 )
 TUNED = SFTConfig(epochs=1.0, batch_tokens=320, micro_tokens=80, save_every=2, validate_every=3, **SHARED)
+RANKED = RewardConfig(batch_prompts=6, micro_tokens=200, save_every=2, validate_every=3, **SHARED)
 MODES: dict[str, dict[str, Any]] = {
     "data": {},
     "shard": {"shard": True},
@@ -116,7 +124,24 @@ class Replies(Mortal, SFT):
         self.begin(decoder(self.double, 267), rows[:50], rows[50:], ChatFormat(self.tokenizer), seed=work.seed)
 
 
+class Scores(Mortal, Reward):
+    double = True
+
+    def start(self, work: Work) -> None:
+        self.tokenizer, draw, rankings = Tokenizer.train([], 267), random.Random(0), []
+        for _ in range(34):
+            replies = tuple(Message("assistant", draw.choice("abc") * draw.randint(1, 6)) for _ in range(3))
+            asked = Conversation((Message("user", draw.choice(("long", "short"))),))
+            rankings.append(Ranking(asked, replies, (1.0, 2.0, 3.0)))
+        chat = ChatFormat(self.tokenizer)
+        train, valid = (encode_rankings(part, chat) for part in (rankings[:25], rankings[25:]))
+        model = decoder(self.double, 267)
+        score = ScoreModel(model, torch.Generator().manual_seed(1)).to(next(model.parameters()).dtype)
+        self.begin(score, train, valid, chat, seed=work.seed)
+
+
 STAGES: dict[str, tuple[Any, Any]] = {
+    "reward": (Scores, RANKED),
     "pretrain": (Text, PRETRAIN),
     "sft": (Replies, TUNED),
     "gpt": (Gpt, PRETRAIN),
@@ -125,16 +150,33 @@ STAGES: dict[str, tuple[Any, Any]] = {
 
 
 def do(job: dict[str, Any]) -> None:
-    """Trains one stage: kind, folder, and if they are there parallel, changes of its settings, double, die_at, silent."""
+    """Trains one stage: kind, folder, and if they are there machine, changes of its settings, double, die_at, silent,
+    die_saving (which rank is killed in its second save, before a file of it is renamed), small_files, small_machine."""
     stage_class, config = STAGES[job["kind"]]
     stage = stage_class(replace(config, **job.get("changes", {})))
     stage.die_at, stage.silent, stage.double = job.get("die_at"), job.get("silent", False), job.get("double", True)
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    if job.get("die_saving") == dist.rank():
+        state.os = SimpleNamespace(fsync=os.fsync, replace=second_time_deadly())  # type: ignore[attr-defined]
+    parallel.ROOM = 1e-9 if job.get("small_machine") else 0.5
+    checkpoint.SHARD_BYTES = 30_000 if job.get("small_files") else 5 * 10**9
     recipe = Recipe("toy", 7, {}, (), Path("toy.toml"), machine=job.get("machine", {}))
     loop.run_stage(stage, Work(StageFolder(folder), {}, seed=7, recipe=recipe))
     held = sum(local(weight).numel() for weight in stage.model.parameters())
     (folder / f"held-{dist.rank()}").write_text(str(held))
+
+
+def second_time_deadly() -> Any:
+    calls: list[Any] = []
+
+    def replace(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.replace(*paths)
+
+    return replace
 
 
 def start_ranks(jobs: list[dict[str, Any]], folder: Path, count: int = 2) -> list[subprocess.Popen[str]]:
@@ -168,16 +210,44 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
 
 
+def saved_state(folder: Path) -> dict[str, Tensor]:
+    """The trainer state put together from all files that its first one names; no number is there twice, none is missing."""
+    found: dict[str, Tensor] = {}
+    files = ["state.safetensors"]
+    for name in files:
+        with safe_open(folder / "trainer" / name, framework="pt") as file:
+            header = json.loads(file.metadata()["lyceum"])
+            files += header.get("parts", [])
+            for key in file.keys():
+                tensor, cut = file.get_tensor(key), header["pieces"].get(key)
+                if cut is None:
+                    assert key not in found
+                    found[key] = tensor
+                    continue
+                whole = found.setdefault(key, torch.full(cut["shape"], torch.nan, dtype=tensor.dtype))
+                place = tuple(slice(a, a + n) for a, n in zip(cut["start"], tensor.shape, strict=True))
+                assert whole[place].isnan().all()
+                whole[place] = tensor
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    assert sorted(files) == sorted(path.name for path in (folder / "trainer").glob("state*"))
+    return found
+
+
+def saved_step(folder: Path) -> int:
+    with safe_open(folder / "trainer" / "state.safetensors", framework="pt") as file:
+        return json.loads(file.metadata()["lyceum"])["step"]
+
+
 def assert_same(one: Path, other: Path, tolerance: float) -> None:
     """Every logged number, and every weight, optimizer state and average of the trainer state."""
     for a, b in zip(*(read_metrics(folder / "metrics.jsonl") for folder in (one, other)), strict=True):
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], abs=tolerance) for key in a if key not in loop.TIMINGS)
-    mine, theirs = (load_file(folder / "trainer" / "state.safetensors") for folder in (one, other))
+    mine, theirs = saved_state(one), saved_state(other)
     assert mine.keys() == theirs.keys()
     for name in mine.keys() - {"random"}:
         assert torch.allclose(mine[name], theirs[name], rtol=0, atol=tolerance), name
-    saved = [load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, other)]
+    saved = [hub.read_tensors(folder / "checkpoint")[0] for folder in (one, other)]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.allclose(saved[0][name], saved[1][name], rtol=0, atol=tolerance) for name in saved[0])
 
@@ -186,7 +256,10 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 
 
 SINGLE = {"tokens": 20 * 128, "batch_tokens": 128, "save_every": 0, "validate_every": 0}  # in fp32, over 20 steps
-BOTH = [("pretrain", mode) for mode in ("data", "shard", "tensor")] + [("sft", "tensor"), ("sft", "recompute")]
+BOTH = [
+    *(("pretrain", mode) for mode in ("data", "shard", "tensor")),
+    *(("sft", "tensor"), ("sft", "recompute"), ("reward", "shard")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +268,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
-        for kind in ("pretrain", "sft"):
+        for kind in ("pretrain", "sft", "reward"):
             do({"kind": kind, "folder": str(folder / kind)})
         do({"kind": "pretrain", "folder": str(folder / "single"), "changes": SINGLE, "double": False})
         with pytest.raises(KeyboardInterrupt):
@@ -216,7 +289,8 @@ def pair(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(folder: Path, kind: str, mode: str) -> dict[str, Any]:
-    return {"kind": kind, "folder": str(folder / kind / mode), "machine": MODES[mode]}
+    files = {"small_files": mode == "shard"}
+    return {"kind": kind, "folder": str(folder / kind / mode), "machine": MODES[mode], **files}
 
 
 def single(folder: Path, mode: str) -> dict[str, Any]:
@@ -226,7 +300,8 @@ def single(folder: Path, mode: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "mode"), BOTH)
 def test_two_ranks_have_the_gradients_and_weights_of_one(kind: str, mode: str, pair: Path, alone: Path) -> None:
     assert_same(pair / kind / mode, alone / kind, 1e-9)
-    assert (pair / kind / mode / "samples.jsonl").read_text() == (alone / kind / "samples.jsonl").read_text()
+    if kind != "reward":  # which answers no prompts
+        assert (pair / kind / mode / "samples.jsonl").read_text() == (alone / kind / "samples.jsonl").read_text()
 
 
 def test_each_rank_holds_its_share_of_the_weights(pair: Path, alone: Path) -> None:
@@ -254,7 +329,11 @@ def test_losses_in_fp32_stay_within_a_thousandth_over_20_steps(pair: Path, alone
 @pytest.mark.slow
 def test_gpt2s_architecture_and_adapters_too(alone: Path, tmp_path: Path) -> None:
     more = [("gpt", "shard"), ("gpt", "tensor"), ("adapters", "shard"), ("pretrain", "recompute"), ("sft", "shard")]
-    on_ranks([*(job(tmp_path, *one) for one in more), single(tmp_path, "tensor")], tmp_path)
+    more += [("reward", "data"), ("reward", "tensor"), ("reward", "recompute")]
+    jobs = [{**job(tmp_path, *one), "small_machine": one == ("sft", "shard")} for one in more]
+    said = on_ranks([*jobs, single(tmp_path, "tensor")], tmp_path)
+    assert "no prompts are answered: 0.0 GB of weights are too much" in said
+    assert [(tmp_path / kind / "shard" / "samples.jsonl").exists() for kind in ("gpt", "sft")] == [True, False]
     for kind, mode in more:
         if kind in ("gpt", "adapters") and not (alone / kind).exists():
             do({"kind": kind, "folder": str(alone / kind)})
@@ -264,8 +343,9 @@ def test_gpt2s_architecture_and_adapters_too(alone: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_four_ranks_as_a_grid_equal_one(alone: Path, tmp_path: Path) -> None:
-    on_ranks([job(tmp_path, kind, "grid") for kind in ("pretrain", "sft")], tmp_path, (0,) * 4)
-    for kind in ("pretrain", "sft"):
+    kinds = ("pretrain", "sft", "reward")
+    on_ranks([job(tmp_path, kind, "grid") for kind in kinds], tmp_path, (0,) * 4)
+    for kind in kinds:
         assert_same(tmp_path / kind / "grid", alone / kind, 1e-9)
 
 
@@ -283,11 +363,100 @@ def test_a_killed_rank_ends_the_other_with_a_word_and_one_rank_goes_on(pair: Pat
     assert_same(pair / "killed", alone / "pretrain", 1e-9)
 
 
+def test_every_rank_writes_its_part_of_the_state_and_large_weights_are_several_files(pair: Path, alone: Path) -> None:
+    one, shard, tensor = (saved_files(folder) for folder in (alone / "pretrain", *of_pretrain(pair, "shard", "tensor")))
+    assert [len(one), len(shard), len(tensor)] == [1, 2, 2]
+    assert max(shard) < 0.6 * one[0] and max(tensor) < 0.85 * one[0] and sum(tensor) < 1.1 * one[0]
+    (whole,) = (alone / "pretrain" / "checkpoint").glob("*.safetensors")
+    written = of_pretrain(pair, "shard")[0] / "checkpoint"
+    index = json.loads((written / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in load_file(whole).values())
+    files = sorted(path.name for path in written.glob("*.safetensors"))
+    assert (
+        files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)] and len(files) > 3
+    )
+    for name, file in index["weight_map"].items():
+        assert name in load_file(written / file)
+
+
+def of_pretrain(folder: Path, *modes: str) -> list[Path]:
+    return [folder / "pretrain" / mode for mode in modes]
+
+
+def saved_files(folder: Path) -> list[int]:
+    """Bytes of the files of the trainer state."""
+    return [path.stat().st_size for path in sorted((folder / "trainer").glob("state*"))]
+
+
+def test_a_state_with_a_part_missing_or_of_another_shape_is_refused(pair: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pair / "pretrain" / "shard" / "trainer", tmp_path / "trainer")
+    saved = state.SavedState(folder / state.STATE)
+    name = "model/weights/model.layers.0.mlp.up_proj.weight"
+    whole = torch.empty(48, 32, dtype=torch.float64)
+    saved.copy_into({name: whole})
+    assert torch.equal(whole, saved_state(pair / "pretrain" / "shard")[name])
+    with pytest.raises(CheckpointError, match=r"up_proj.weight is \[48, 32\], the model's \[48, 16\]"):
+        saved.copy_into({name: whole[:, :16]})
+    with pytest.raises(CheckpointError, match="it lacks 3 numbers of model/weights/other"):
+        saved.copy_into({"model/weights/other": torch.empty(3)})
+    (part,) = folder.glob("state-*")
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=f"{part.name} cannot be read") as caught:
+        state.SavedState(folder / state.STATE)
+    assert "state.safetensors to train from the start" in caught.value.hint
+    part.unlink()
+    with pytest.raises(CheckpointError, match=f"{part.name} cannot be read"):
+        state.SavedState(folder / state.STATE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_killed_while_it_saves_leaves_the_older_state(killed: int, alone: Path, tmp_path: Path) -> None:
+    dying = {**job(tmp_path, "pretrain", "shard"), "die_saving": killed}
+    codes = (-signal.SIGKILL, 1) if killed == 0 else (1, -signal.SIGKILL)
+    said = on_ranks([dying], tmp_path, codes)
+    folder = tmp_path / "pretrain" / "shard"
+    assert saved_step(folder) == 2 and state.SavedState(folder / "trainer" / state.STATE).header["tokens"] == 640
+    left = {path.name for path in (folder / "trainer").iterdir()}
+    assert {"state.safetensors", "state-2-1.safetensors", "state.safetensors.partial"} <= left
+    assert ("state-4-1.safetensors" in left) == (killed == 0)  # rank 0 waits until all others are written
+    if killed:
+        assert "RunError: rank 0 of 2 lost another" in said
+        do({"kind": "pretrain", "folder": str(folder)})
+    else:
+        on_ranks([{**dying, "die_saving": None, "machine": MODES["tensor"]}], tmp_path)
+    assert_same(folder, alone / "pretrain", 1e-9)
+
+
+@pytest.mark.slow
+def test_a_state_of_four_ranks_goes_on_on_two_and_on_one(alone: Path, tmp_path: Path) -> None:
+    kinds = ("pretrain", "reward")
+    for kind in kinds:
+        dying = {**job(tmp_path, kind, "grid"), "die_at": 3}
+        on_ranks([dying], tmp_path, (1, -signal.SIGKILL, 1, 1))
+        folder = tmp_path / kind / "grid"
+        assert saved_step(folder) == 2 and len(saved_files(folder)) == 4
+        shutil.copytree(folder, tmp_path / kind / "one")
+    on_ranks([{**job(tmp_path, kind, "shard"), "folder": str(tmp_path / kind / "grid")} for kind in kinds], tmp_path)
+    for kind in kinds:
+        do({"kind": kind, "folder": str(tmp_path / kind / "one")})
+        for name in ("grid", "one"):
+            assert_same(tmp_path / kind / name, alone / kind, 1e-9)
+
+
+@pytest.mark.slow
+def test_a_state_of_one_rank_goes_on_on_four(alone: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        do({"kind": "reward", "folder": str(tmp_path / "half"), "die_at": 3})
+    on_ranks([{**job(tmp_path, "reward", "grid"), "folder": str(tmp_path / "half")}], tmp_path, (0,) * 4)
+    assert_same(tmp_path / "half", alone / "reward", 1e-9)
+
+
 @pytest.mark.slow
 def test_a_silent_rank_is_not_waited_for_longer_than_timeout_s(tmp_path: Path) -> None:
-    parallel = {"shard": True, "timeout_s": 3.0}
+    machine = {"shard": True, "timeout_s": 3.0}
     ranks = start_ranks(
-        [{**job(tmp_path, "pretrain", "shard"), "machine": parallel, "die_at": 3, "silent": True}], tmp_path
+        [{**job(tmp_path, "pretrain", "shard"), "machine": machine, "die_at": 3, "silent": True}], tmp_path
     )
     try:
         said = ranks[0].communicate(timeout=PATIENCE_S)[0]
@@ -349,8 +518,8 @@ def test_compiling_waits_for_a_run_that_is_long_enough_and_for_a_compiler(monkey
 # -------------------------------------------------------------------------------- refusals
 
 
-def recipe_with(**parallel: Any) -> Recipe:
-    return Recipe("toy", 7, {}, (), Path("toy.toml"), machine=parallel)
+def recipe_with(**machine: Any) -> Recipe:
+    return Recipe("toy", 7, {}, (), Path("toy.toml"), machine=machine)
 
 
 def test_a_wrong_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
