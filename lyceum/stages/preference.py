@@ -322,6 +322,7 @@ class Preference(Stage[PreferenceBatch]):
             terms, metrics = self.loss(batch)
             counts = self.counts(batch)
             found = {f"loss/{name}": (term.total, counts[name]) for name, term in terms.items()} | metrics
+            found = {name: pair for name, pair in found.items() if not name.startswith("tokens/")}
             for name, (total, count) in found.items():
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0], pair[1] = pair[0] + float(total), pair[1] + count

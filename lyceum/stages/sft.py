@@ -381,12 +381,13 @@ class SFT(Stage[TokenBatch]):
         save_policy(self, folder, snapshot or "checkpoint", adapters=not snapshot)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best validation, and how many have been worse since."""
-        return {"best": self.best, "num_worse": self.num_worse} if self.config.patience else {}
+        """Where it stands, the best validation, and how many have been worse since."""
+        return {"updates": self.updates, "best": self.best, "num_worse": self.num_worse}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.best, self.num_worse = float(state.get("best", -math.inf)), int(state.get("num_worse", 0))
+        self.updates = int(state["updates"])
+        self.best, self.num_worse = float(state["best"]), int(state["num_worse"])
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Validation loss and accuracy, and what was learned from."""
