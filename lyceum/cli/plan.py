@@ -126,7 +126,8 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     longest = min(config.max_tokens or spec.context_length, spec.context_length)
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
-    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
+    judge = [frozen_memory(spec)] if config.best_by == "reward" else []
+    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state), *judge])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
     if lessons is None or not lessons.exists():
         return Need(step.name, "sft", spec, *memory)
