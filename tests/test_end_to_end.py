@@ -140,3 +140,33 @@ def test_killed_at_twenty_random_moments_pretraining_ends_as_the_straight_run_di
     assert figures["equal"] and figures["first_difference"] is None
     assert len(figures["kills"]) == 20 and len({kill["step"] for kill in figures["kills"]}) > 10
     assert figures["steps"] == [146, 146] and figures["losses"][0] == figures["losses"][1]
+
+
+# -------------------------------------------------------------------------------- preferences without PPO
+
+
+@pytest.mark.slow
+def test_the_recipe_of_preferences_ends_with_policies_that_talk(tmp_path: Path) -> None:
+    recipe = RECIPE.with_name("smoke-preference.toml")
+    changes = ("sft.epochs=1", "preference.epochs=6", "preference.lr=1e-3", "thumbs.epochs=4", "thumbs.lr=1e-3")
+    command = lyceum("run", str(recipe), *(word for change in changes for word in ("--set", change)), runs=tmp_path)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    run = tmp_path / "smoke-preference"
+    reports = {
+        name: json.loads((run / name / "report.json").read_text()) for name in ("preference", "thumbs", "select")
+    }
+    for name in ("preference", "thumbs"):
+        assert reports[name]["judged"]["train"]["kept"] > 30
+        first, last = (read_metrics(run / name / "metrics.jsonl")[at] for at in (0, -1))
+        assert (
+            abs(first["rewards/margins"]) < 1e-4 and last["rewards/margins"] > 0.02 and "valid/rewards/margins" in last
+        )
+    assert reports["select"]["score_kept"] > reports["select"]["score_drawn"]
+    learned = sum(1 for _ in open(run / "select" / "train.jsonl", "rb"))
+    assert json.loads((run / "selected" / "report.json").read_text())["conversations"] == learned
+    said = subprocess.run(
+        [sys.executable, "-m", "lyceum", "chat", str(run), "--stage", "preference", "-p", "hello"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert said.returncode == 0 and said.stdout.strip()

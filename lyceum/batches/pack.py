@@ -40,12 +40,14 @@ class TokenBatch:
         weights_BT: loss weight of each token *as a target*, predicted from those before it; column 0 and pads are 0.
         lengths_B: real tokens of each row.
         names: where each row is from, for a person who wants to look at it; may be empty.
+        seeds: of each row's noise, where its embeddings get some; may be empty.
     """
 
     tokens_BT: Tensor
     weights_BT: Tensor
     lengths_B: Tensor
     names: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def num_targets(self) -> float:
@@ -70,7 +72,11 @@ class TokenBatch:
         widths = [int(self.lengths_B[part].max()) for part in parts]
         return [
             TokenBatch(
-                self.tokens_BT[part, :width], self.weights_BT[part, :width], self.lengths_B[part], self.names[part]
+                self.tokens_BT[part, :width],
+                self.weights_BT[part, :width],
+                self.lengths_B[part],
+                self.names[part],
+                self.seeds[part],
             )
             for part, width in zip(parts, widths, strict=True)
         ]
@@ -166,6 +172,26 @@ def bucket(lengths: Sequence[int], max_tokens: int, seed: int) -> list[list[int]
     return [groups[number] for number in generator.permutation(len(groups))]
 
 
+def bucket_groups(widths: Sequence[int], sizes: Sequence[int], max_tokens: int, seed: int) -> list[list[int]]:
+    """As `bucket`, where item i has sizes[i] rows of at most widths[i] tokens that must stand together.
+
+    Raises:
+        ConfigError: one item alone needs more than `max_tokens`.
+    """
+    check_room(max(width * size for width, size in zip(widths, sizes, strict=True)), max_tokens)
+    generator = np.random.default_rng(seed)
+    order = sorted(generator.permutation(len(widths)).tolist(), key=lambda number: -widths[number])
+    groups: list[list[int]] = []
+    room = 0  # rows that the last group, as wide as its first item, can still take
+    for number in order:
+        if sizes[number] > room:
+            groups.append([])
+            room = max_tokens // widths[number]
+        groups[-1].append(number)
+        room -= sizes[number]
+    return [groups[number] for number in generator.permutation(len(groups))]
+
+
 def check_room(longest: int, max_tokens: int) -> None:
     """Refuse a micro-batch that is smaller than what must stand in one of them together."""
     if longest > max_tokens:
@@ -175,13 +201,16 @@ def check_room(longest: int, max_tokens: int) -> None:
         )
 
 
-def collate(rendered: Sequence[Rendered], pad_id: int, names: Iterable[str] = ()) -> TokenBatch:
+def collate(
+    rendered: Sequence[Rendered], pad_id: int, names: Iterable[str] = (), seeds: Iterable[int] = ()
+) -> TokenBatch:
     """Stack conversations into one batch, as wide as the longest of them.
 
     Args:
         rendered: at least one conversation.
         pad_id: the id that fills the rest of a row; its loss weight is 0.
         names: where each is from.
+        seeds: of each row's noise.
     """
     assert rendered
     tokens_BT, lengths_B = pad([row.ids for row in rendered], pad_id)
@@ -190,7 +219,7 @@ def collate(rendered: Sequence[Rendered], pad_id: int, names: Iterable[str] = ()
     flat_N = np.fromiter(chain.from_iterable(row.weights for row in rendered), np.float32, num_weights)
     weights_BT[_is_real(lengths_B, tokens_BT.shape[1])] = torch.from_numpy(flat_N)
     weights_BT[:, 0] = 0.0  # nothing predicts the first token
-    return TokenBatch(tokens_BT, weights_BT, lengths_B, tuple(names))
+    return TokenBatch(tokens_BT, weights_BT, lengths_B, tuple(names), tuple(seeds))
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

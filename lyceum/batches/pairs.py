@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lyceum.batches.pack import check_room, pad
+from lyceum.batches.pack import bucket_groups, pad
 from lyceum.corpus.records import Ranking, read_conversations
 from lyceum.errors import DataError
 from lyceum.log import log
@@ -184,18 +183,9 @@ def ranking_batches(
     if not isinstance(rankings, EncodedRankings):
         rankings = encode_rankings(rankings, chat, context_length)
     encoded = rankings.rankings
-    check_room(max(ranking.width * len(ranking.rows) for ranking in encoded), max_tokens)
-    generator = np.random.default_rng(seed)
-    order = sorted(generator.permutation(len(encoded)).tolist(), key=lambda number: -encoded[number].width)
-    groups: list[list[EncodedRanking]] = []
-    room = 0  # rows that the last group, as wide as its first ranking, can still take
-    for ranking in (encoded[number] for number in order):
-        if len(ranking.rows) > room:
-            groups.append([])
-            room = max_tokens // ranking.width
-        groups[-1].append(ranking)
-        room -= len(ranking.rows)
-    return [_ranking_batch(groups[number], chat.tokenizer.pad_id) for number in generator.permutation(len(groups))]
+    widths, sizes = [ranking.width for ranking in encoded], [len(ranking.rows) for ranking in encoded]
+    groups = bucket_groups(widths, sizes, max_tokens, seed)
+    return [_ranking_batch([encoded[number] for number in group], chat.tokenizer.pad_id) for group in groups]
 
 
 def _ranking_batch(rankings: Sequence[EncodedRanking], pad_id: int) -> RankingBatch:

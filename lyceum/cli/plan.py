@@ -85,7 +85,7 @@ def needs(recipe: Recipe, steps: Sequence[river.Step], run: Path | None = None) 
         run: the run's folder; finished lessons in it say how many conversations there are.
     """
     by_name = {step.name: step for step in steps}
-    makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "ppo": _ppo}
+    makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "preference": _preference, "ppo": _ppo}
     return [makers[s.section.kind](recipe, s, by_name, run) for s in steps if s.section.kind in makers]
 
 
@@ -126,7 +126,8 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     longest = min(config.max_tokens or spec.context_length, spec.context_length)
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
-    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
+    judge = [frozen_memory(spec)] if config.best_by == "reward" else []
+    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state), *judge])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
     if lessons is None or not lessons.exists():
         return Need(step.name, "sft", spec, *memory)
@@ -152,6 +153,25 @@ def _reward(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step],
     count = config.epochs * -(-prompts // config.batch_prompts)
     flops = tokens * spec.flops_per_token(example)
     return Need(step.name, "reward", spec, *memory, tokens=tokens, steps=count, flops=flops)
+
+
+def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
+    spec, _ = _spec(recipe, step, by_name)
+    config, chosen = step.config, step.config.objective()
+    state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": 2 if chosen.nll else 1, "loss": "chosen"}
+    state["recompute"] = _recomputes(recipe)
+    memory = _both(lambda size: [training_memory(spec, config.micro_tokens, number_bytes=size, **state)])
+    if config.data or "rankings" not in step.inputs:  # a file of somebody's: not known until it is read
+        return Need(step.name, "preference", spec, *memory)
+    rankings, example = by_name[step.inputs["rankings"]].config, _example(spec)
+    prompts = round(rankings.prompts * (1 - rankings.valid_share))
+    responses = prompts * rankings.responses
+    tokens = config.epochs * responses * example
+    count = config.epochs * -(-(prompts if chosen.is_paired else responses) // config.batch_prompts)
+    # the reference reads every response once; for kto a stranger's is read beside each
+    passes = 3 * config.epochs + chosen.uses_reference + (0 if chosen.is_paired else config.epochs + 1)
+    flops = responses * example * spec.flops_per_token(example) / 3 * passes
+    return Need(step.name, "preference", spec, *memory, tokens=tokens, steps=count, flops=flops)
 
 
 def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
@@ -274,7 +294,9 @@ def plan(
     recipe = load_recipe(find_recipe(recipe_path), overrides)
     found = needs(recipe, river.plan(recipe), Path(runs_dir) / recipe.name)
     if not found:
-        raise ConfigError(f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward or ppo")
+        raise ConfigError(
+            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference or ppo"
+        )
     lines = [note for need in found for note in need.notes]
     lines += [
         "",
@@ -298,7 +320,7 @@ def plan(
         rows.append([gpu.name, *shown, _time(_sum(seconds) / max(1, num)), f"{hours:,.3g}", *cost, how])
     lines += ["", *_aligned(rows), ""]
     if any(need.tokens is None for need in found):
-        lines.append("?: not known until the lessons are written; left out of the sums")
+        lines.append("?: not known until the lessons are written, or a file is read; left out of the sums")
     lines += [
         f"this machine: {gflops:,.0f} GFLOP/s in products, {CPU_SHARE:.0%} of it while training; {_gb(memory_there()[0])}; "
         f"memory is beside {_gb(BASE_BYTES)} of Python and torch",

@@ -105,14 +105,14 @@ KINDS: dict[str, Kind] = {
         "stage 2: learn to answer, from written conversations",
         "lyceum.stages.sft",
         "SFTConfig",
-        (_from("policy", "pretrain", "sft"), _from("lessons")),
+        (_from("policy", "pretrain", "sft"), _from("lessons", "lessons", "select"), _from("reward", needed=False)),
         every_rank=True,
     ),
     "rankings": Kind(
         "draw answers and rank them",
         "lyceum.synth.rankings",
         "RankingsConfig",
-        (_from("policy", "sft", "ppo"), _from("lessons")),
+        (_from("policy", "sft", "preference", "ppo"), _from("lessons")),
     ),
     "reward": Kind(
         "stage 3: learn to tell the better answer",
@@ -120,6 +120,19 @@ KINDS: dict[str, Kind] = {
         "RewardConfig",
         (_from("policy", "sft"), _from("rankings")),
         every_rank=True,
+    ),
+    "preference": Kind(
+        "learn which answer is better, without a reward model (DPO and its kin)",
+        "lyceum.stages.preference",
+        "PreferenceConfig",
+        (_from("policy", "sft"), _from("rankings", needed=False)),
+        every_rank=True,
+    ),
+    "select": Kind(
+        "draw answers and keep the best as conversations (best-of-n)",
+        "lyceum.synth.select",
+        "SelectConfig",
+        (_from("policy", "sft", "preference", "ppo"), _from("reward"), _from("lessons")),
     ),
     "ppo": Kind(
         "stage 4: learn from the reward of its own answers",
@@ -143,7 +156,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 POLICY = "policy"  # the role that ``from = "name"`` chooses
-CAN_CHAT = ("ppo", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
+CAN_CHAT = ("ppo", "preference", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
 REPORT = "lyceum.evals.report"
 
 # -------------------------------------------------------------------------------- the plan

@@ -51,6 +51,12 @@ CURVES = {
     ),
     "sft": (("loss/reply", "loss, nats a token"), ("valid/accuracy", "validation, share of tokens right")),
     "reward": (("loss/ranking", "K-wise loss"), ("accuracy", "pairs in the ranked order")),
+    "preference": (
+        ("loss/preference", "loss"),
+        ("rewards/margins", "reward of better less worse"),
+        ("rewards/accuracies", "pairs in the ranked order"),
+        ("logps/chosen", "log-probability of better"),
+    ),
     "ppo": (
         ("objective/scores", "reward"),
         ("objective/kl", "KL from SFT, nats a reply"),

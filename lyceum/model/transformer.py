@@ -62,11 +62,14 @@ class Decoder(nn.Module):
         self.lm_head = None if spec.tied else nn.Linear(spec.width, spec.vocab_size, bias=False)
         self.initialize(generator)
 
-    def forward(self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None, noise_BTD: Tensor | None = None
+    ) -> Tensor:
         """Return the hidden states (B, T, D) after the final norm.
 
         Rows are right-padded: what stands after a token never reaches it, so no mask is needed. With a cache the
-        tokens continue what the cache holds. Raises UsageError when a row is longer than the context.
+        tokens continue what the cache holds. Noise, if given, is added to the embeddings. Raises UsageError when a
+        row is longer than the context.
         """
         num_new = tokens_BT.shape[1]
         if num_new > self.spec.context_length:
@@ -75,6 +78,8 @@ class Decoder(nn.Module):
                 hint="cut the row, or raise context_length in [model] and train again.",
             )
         x_BTD = self.model.embed_tokens(tokens_BT)
+        if noise_BTD is not None:
+            x_BTD = x_BTD + noise_BTD
         at = slice(num_new) if cache is None else cache.positions(num_new)
         table = None
         if self.spec.positions == "learned":

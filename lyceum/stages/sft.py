@@ -11,27 +11,34 @@ Deviations, each with its reason:
 - The loss is a mean over the target tokens of the whole step, not over conversations: a mean of means would weigh a
   token by the length of its neighbours.
 - No residual dropout (the paper: 0.2): the model's architecture has none; fewer epochs do its work.
-- The checkpoint is the last one, not that with the best reward-model score: there is no reward model yet.
+- The checkpoint is the last one unless `patience` is set; then it is that of the best validation, by loss or, as in the
+  paper, by a reward model, for which a reward section must stand before this one.
 - A conversation has all its turns in one row and every assistant turn is learned.
 
 The padding token is never the end token, and the stage refuses to begin if an end is not learned: a model that is not
 taught its end never stops (the commonest complaint about peers).
 
 With `lora_rank` low-rank adapters (`lyceum.model.lora`) are trained in place of the weights; the checkpoint is merged.
+With `neftune_alpha` the embeddings get noise while training (N. Jain et al., "NEFTune: Noisy embeddings improve instruction
+finetuning", 2023), by `embedding_noise`.
 
 Run by `lyceum sft RECIPE`. What it is not: packing of several conversations into one row; rows hold one each and are
 bucketed by length.
 
-Shapes: B rows, T positions.
+Shapes: B rows, T positions, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
 
 from lyceum import dist
 from lyceum.batches.pack import Fitted, TokenBatch, bucket, collate, fit
@@ -39,17 +46,19 @@ from lyceum.config import setting
 from lyceum.corpus.records import Conversation, read_conversations
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
-from lyceum.errors import CheckpointError, TrainingError
+from lyceum.engine.sequence import Output
+from lyceum.errors import CheckpointError, ConfigError, RunError, TrainingError
 from lyceum.log import log
-from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
-from lyceum.model.lora import adapt, merged_tensors, save_adapters
+from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.transformer import Decoder
-from lyceum.run import checkpoint_in
+from lyceum.run import checkpoint_in, fresh_folder
+from lyceum.stages.adapters import save_policy, trained_policy
+from lyceum.stages.reward import RewardModel
 from lyceum.tokens.chat import ChatFormat, Rendered
 from lyceum.train.loop import run_stage
 from lyceum.train.losses import mean_loss, next_token_loss
-from lyceum.train.parallel import gathered
-from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
+from lyceum.train.parallel import is_piece
+from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig
 
 if TYPE_CHECKING:
     from lyceum.run import Work
@@ -57,6 +66,9 @@ if TYPE_CHECKING:
 VERSION = 1
 NUM_SAMPLES = 6
 SAMPLE_TOKENS = 64
+NUM_JUDGED = 64  # validation questions whose replies the reward model scores
+UNFINISHED_SCORE = -3.0  # of a reply without an end, which the reward model never saw: as PPO's missing_end_score
+BEST = "best"  # folder of the checkpoint with the best validation so far
 
 # ---------------------------------------------------------------- configuration
 
@@ -71,12 +83,29 @@ class SFTConfig(TrainConfig):
     lora_rank: int = setting(0, "rank of low-rank adapters, trained in place of the weights; 0 = the weights", low=0)
     lora_alpha: float = setting(16.0, "what the adapters write is scaled by lora_alpha / lora_rank", low=0.0)
 
+    neftune_alpha: float = setting(0.0, "noise on the embeddings while training (5 to 15 is usual); 0 = none", low=0.0)
+    patience: int = setting(
+        0,
+        "validations without a better one that end the run, whose best model is kept; 0 = run on, keep the last",
+        low=0,
+    )
+    best_by: str = setting(
+        "loss", "what patience waits for: a lower validation loss, or a better reward", choices=("loss", "reward")
+    )
+
     matrix_lr: float = setting(0.01, "peak learning rate of Muon (matrices inside layers); 0 = AdamW at lr", low=0.0)
     lr: float = setting(3e-3, "peak learning rate of AdamW (embeddings, norms)", low=0.0)
     warmup: float = setting(0.0, "share of the run over which the learning rate rises", low=0.0, high=1.0)
     decay: float = setting(1.0, "share of the run, at its end, over which it falls (0 = constant)", low=0.0, high=1.0)
     decay_shape: str = setting("cosine", "how it falls", choices=("linear", "cosine"))
     final_lr: float = setting(0.1, "learning rate at the end, as a share of the peak", low=0.0, high=1.0)
+
+    def __post_init__(self) -> None:
+        if self.patience and not self.validate_every:
+            raise ConfigError(
+                f"patience = {self.patience} counts validations, and validate_every = 0 makes one at the end only",
+                hint="set validate_every to the steps between validations",
+            )
 
 
 # ---------------------------------------------------------------- equations
@@ -95,6 +124,27 @@ def epoch_steps(lengths: Sequence[int], micro_tokens: int, batch_tokens: int, se
     num_steps = min(len(groups), max(1, round(sum(lengths) / batch_tokens)))
     edges = [round(number * len(groups) / num_steps) for number in range(num_steps + 1)]
     return [groups[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def embedding_noise(lengths_B: Tensor, seeds: Sequence[int], num_positions: int, width: int, alpha: float) -> Tensor:
+    """NEFTune's noise: (alpha / sqrt(L D)) e with e uniform in (-1, 1), so that its norm is about alpha / sqrt(3).
+
+    A row's noise is a function of its seed alone, and L is its own number of real tokens (the paper: of the padded
+    batch), so that neither batch mates nor ranks change it.
+
+    Args:
+        lengths_B: real tokens of each row. seeds: one a row. num_positions: T. width: D.
+
+    Returns:
+        noise_BTD, 0 on the pads. Source: Jain et al. 2023, algorithm 1.
+    """
+    noise_BTD = torch.zeros(len(seeds), num_positions, width)
+    generator = torch.Generator()
+    for row, (seed, length) in enumerate(zip(seeds, lengths_B.tolist(), strict=True)):
+        generator.manual_seed(seed)
+        uniform_TD = torch.rand(length, width, generator=generator).mul_(2).sub_(1)
+        noise_BTD[row, :length] = uniform_TD.mul_(alpha / math.sqrt(length * width))
+    return noise_BTD
 
 
 def check_ends(rendered: Sequence[Rendered], chat: ChatFormat) -> None:
@@ -129,6 +179,14 @@ class SFT(Stage[TokenBatch]):
     can_shard = True
     config: SFTConfig
 
+    def __init__(self, config: SFTConfig) -> None:
+        super().__init__(config)
+        self.best = -math.inf  # the best validation so far, larger is better
+        self.num_worse = 0  # validations since
+        self.updates = 0
+        self.folder: Path | None = None
+        self.judge: Callable[..., list[float | None]] | None = None
+
     @property
     def model(self) -> Decoder:
         """What is trained."""
@@ -147,7 +205,25 @@ class SFT(Stage[TokenBatch]):
         valid_path = work.inputs["lessons"] / "valid.jsonl"
         has_valid = valid_path.exists() and valid_path.stat().st_size > 0
         valid = list(read_conversations(valid_path)) if has_valid else []
+        self.folder = work.folder.path
+        if self.config.best_by == "reward":
+            self.judge = self._load_judge(work)
         self.begin(loaded.model, list(train), valid, ChatFormat(loaded.tokenizer), seed=work.seed)
+
+    def _load_judge(self, work: Work) -> Callable[..., list[float | None]]:
+        if "reward" not in work.inputs:
+            raise RunError(
+                "best_by = 'reward' needs a reward model, and no reward section stands before this one",
+                hint="put a [reward] section before it, or set best_by = 'loss'",
+            )
+        source = RewardModel.load(work.inputs["reward"] / "checkpoint", micro_tokens=self.config.micro_tokens)
+        if source.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{work.inputs['reward']} was trained with another tokenizer than {work.inputs['policy']}",
+                hint="train the reward model from this policy's own tokenizer, or set best_by = 'loss'",
+            )
+        self.frozen["reward"] = source.model
+        return source.score
 
     def begin(
         self,
@@ -161,8 +237,14 @@ class SFT(Stage[TokenBatch]):
         """Sets the stage from things in memory; `valid` may be empty.
 
         Raises:
-            DataError: no conversation fits or has anything to learn. TrainingError: an end is not learned.
+            DataError: no conversation fits or has anything to learn. TrainingError: an end is not learned, or patience
+            has no validation to wait for.
         """
+        if self.config.patience and not valid:
+            raise TrainingError(
+                "patience waits for a better validation, and there are no conversations to validate on",
+                hint="give the lessons a valid.jsonl, or set patience = 0",
+            )
         config, context = self.config, model.spec.context_length
         longest = min(config.max_tokens or context, context)
         self.chat, self.seed = chat, seed
@@ -173,16 +255,16 @@ class SFT(Stage[TokenBatch]):
         lengths = [len(row) for row in held.rendered]
         groups = bucket(lengths, max([config.micro_tokens, *lengths]), 0)
         self.valid = [collate([held.rendered[row] for row in group], chat.tokenizer.pad_id) for group in groups]
-        self.shown = [valid[number] for number in held.kept[:NUM_SAMPLES]]
+        asked = [valid[number] for number in held.kept]
+        self.shown = asked[:NUM_SAMPLES]
+        self.questions = [
+            replace(c, messages=c.messages[:-1])
+            for c in asked
+            if c.messages[-1].role == "assistant" and len(c.messages) > 1
+        ][:NUM_JUDGED]
         self.steps_per_epoch = len(self._epoch(0))
         self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
-        optimizer = config.optimizer()
-        if config.lora_rank:
-            adapt(model, config.lora_rank, config.lora_alpha)
-            optimizer = config.optimizer(matrix_lr=0.0)  # AdamW, as in Hu et al.: with Muon they were never tried here
-            num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            log.info(f"  adapters of rank {config.lora_rank}: {num_trained:,} numbers are trained")
-        self.trained = {"model": Trained(model, optimizer, config.clip_norm)}
+        self.trained = {"model": trained_policy(model, config, config.lora_rank, config.lora_alpha)}
         log.info(f"  {len(self.lengths):,} conversations, {sum(self.lengths):,} tokens an epoch")
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
@@ -196,12 +278,14 @@ class SFT(Stage[TokenBatch]):
             start = epoch * self.steps_per_epoch
             for number, groups in enumerate(self._epoch(epoch), start):
                 if first <= number < self.num_steps:
+                    self.updates = number + 1
                     tokens = sum(self.lengths[row] for group in groups for row in group)
-                    yield Step([self._collate(group, pad_id) for group in dist.share(groups)], tokens=tokens)
+                    yield Step([self._collate(group, pad_id, number) for group in dist.share(groups)], tokens=tokens)
 
-    def _collate(self, rows: Sequence[int], pad_id: int) -> TokenBatch:
+    def _collate(self, rows: Sequence[int], pad_id: int, step: int) -> TokenBatch:
         names = [f"conversation {self.train.kept[row] + 1} of lessons" for row in rows]
-        return collate([self.train.rendered[row] for row in rows], pad_id, names)
+        seeds = [mix_seed(self.seed, step, row) for row in rows] if self.config.neftune_alpha else ()
+        return collate([self.train.rendered[row] for row in rows], pad_id, names, seeds)
 
     def counts(self, micro_batch: TokenBatch) -> dict[str, float]:
         """Target tokens: what the assistant writes, by weight."""
@@ -209,7 +293,12 @@ class SFT(Stage[TokenBatch]):
 
     def loss(self, micro_batch: TokenBatch) -> tuple[dict[str, Term], Metrics]:
         """Cross-entropy of the assistant's tokens, in nats."""
-        total, _, metrics = next_token_loss(self.model, micro_batch.tokens_BT, micro_batch.weights_BT)
+        noise_BTD = None
+        if micro_batch.seeds:
+            positions, width = micro_batch.tokens_BT.shape[1], self.model.spec.width
+            alpha = self.config.neftune_alpha
+            noise_BTD = embedding_noise(micro_batch.lengths_B, micro_batch.seeds, positions, width, alpha)
+        total, _, metrics = next_token_loss(self.model, micro_batch.tokens_BT, micro_batch.weights_BT, noise_BTD)
         return {"reply": Term(total)}, metrics
 
     def halves(self, micro_batch: TokenBatch) -> list[TokenBatch]:
@@ -217,19 +306,58 @@ class SFT(Stage[TokenBatch]):
         return micro_batch.halves()
 
     def validate(self) -> dict[str, float]:
-        """Loss per target token and token accuracy on the validation conversations."""
-        return mean_loss(self.model, self.valid)
+        """Loss per target token and accuracy on the validation conversations, and the reward of replies to them.
+
+        Keeps the model if it is the best so far.
+        """
+        numbers = {**mean_loss(self.model, self.valid), **(self._judged() if self.judge else {})}
+        if self.config.patience:
+            by = self.config.best_by
+            value = numbers["reward"] if by == "reward" else -numbers["loss"]
+            is_best = value > self.best
+            self.best, self.num_worse = (value, 0) if is_best else (self.best, self.num_worse + 1)
+            self.stop = self.num_worse >= self.config.patience
+            if is_best and self.folder is not None:
+                info = {**self.info(), "step": self.updates, f"best_{by}": numbers[by]}
+                save_policy(self, self.folder, BEST, info=info)
+        return numbers
+
+    def _judged(self) -> dict[str, float]:
+        """Mean score of greedy replies to validation questions, and the share of them that end, over all ranks."""
+        if is_piece(self.model.output_weight):
+            raise ConfigError(
+                "best_by = 'reward' samples replies, which a sharded model cannot", hint="set best_by = 'loss'"
+            )
+        assert self.judge is not None
+        questions = dist.share(self.questions)
+        prompts, outputs = self._replies(questions)
+        scores = self.judge(prompts, [output.ids for output in outputs], [question.meta for question in questions])
+        sums = {"reward": 0.0, "ended": 0.0, "replies": 0.0}
+        for score, output in zip(scores, outputs, strict=True):
+            ended = output.finish == "stop"
+            if score is not None:
+                sums["reward"] += score if ended else UNFINISHED_SCORE
+                sums["ended"] += ended
+                sums["replies"] += 1
+        sums = dist.sum_numbers(sums)
+        if not sums["replies"]:
+            raise TrainingError(
+                "the reward model could score no reply to a validation question",
+                hint="best_by = 'reward' needs validation conversations that end with the assistant's message",
+            )
+        return {name: sums[name] / sums["replies"] for name in ("reward", "ended")}
+
+    def _replies(self, questions: Sequence[Conversation]) -> tuple[list[list[int]], list[Output]]:
+        """The prompts of some questions, and greedy replies to them."""
+        prompts = [self.chat.prompt(question) for question in questions]
+        params = SamplingParams(SAMPLE_TOKENS, temperature=0.0, stop_ids=self.chat.stop_ids)
+        return prompts, Engine(self.model).generate(prompts, params) if prompts else []
 
     def samples(self) -> list[dict[str, Any]]:
         """Greedy replies to the last question of a few validation conversations."""
         asked = [c for c in self.shown if c.messages[-1].role == "assistant" and len(c.messages) > 1]
         questions = [replace(c, messages=c.messages[:-1]) for c in asked]
-        prompts = [self.chat.prompt(question) for question in questions]
-        room = self.model.spec.context_length - max(map(len, prompts), default=0)
-        params = SamplingParams(
-            max_tokens=max(0, min(SAMPLE_TOKENS, room)), temperature=0.0, stop_ids=self.chat.stop_ids
-        )
-        outputs = Engine(self.model).generate(prompts, params) if prompts else []
+        _, outputs = self._replies(questions)
         return [
             {
                 "prompt": question.messages[-1].content,
@@ -245,28 +373,39 @@ class SFT(Stage[TokenBatch]):
         return micro_batch.described(self.chat.tokenizer)
 
     def save(self, folder: Path, snapshot: str = "") -> None:
-        """Writes the checkpoint; of adapters the merged weights, and at the end also the adapters alone."""
-        if not self.config.lora_rank:
-            return super().save(folder, snapshot)
-        if not snapshot:
-            save_adapters(folder / "adapter", self.model, self.parent or "", gather=gathered)
-        merge = partial(merged_tensors, scale=self.config.lora_alpha / self.config.lora_rank)
-        place = folder / (snapshot or "checkpoint")
-        save_checkpoint(place, self.model, self.tokenizer, self.info(), gather=gathered, change=merge)
+        """Writes the checkpoint, with patience the best one; of adapters merged, and at the end also them alone."""
+        best = folder / BEST
+        if not snapshot and self.config.patience and best.exists():
+            if dist.is_main():
+                with fresh_folder(folder / "checkpoint") as fresh:
+                    shutil.copytree(best, fresh, dirs_exist_ok=True)
+            return
+        save_policy(self, folder, snapshot or "checkpoint", adapters=not snapshot)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, the best validation, and how many have been worse since."""
+        return {"updates": self.updates, "best": self.best, "num_worse": self.num_worse}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.updates = int(state["updates"])
+        self.best, self.num_worse = float(state["best"]), int(state["num_worse"])
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Validation loss and accuracy, and what was learned from."""
         loss, accuracy = final.get("valid/loss"), final.get("valid/accuracy")
         said = f"validation loss {loss:.3f}, token accuracy {accuracy:.3f}" if loss is not None else "no validation"
-        line = f"{len(self.lengths):,} conversations, {self.num_steps / self.steps_per_epoch:.1f} epochs, {said}"
+        line = f"{len(self.lengths):,} conversations, {self.updates / self.steps_per_epoch:.1f} epochs, {said}"
+        by, sign = self.config.best_by, 1.0 if self.config.best_by == "reward" else -1.0
         return {
+            **({f"best_{by}": sign * self.best, "stopped_early": self.stop} if self.config.patience else {}),
             "line": line,
             "valid_loss": loss,
             "valid_accuracy": accuracy,
             "conversations": len(self.lengths),
             "dropped": self.train.num_dropped,
             "without_targets": self.train.num_without_targets,
-            "epochs": self.num_steps / self.steps_per_epoch,
+            "epochs": self.updates / self.steps_per_epoch,
         }
 
 

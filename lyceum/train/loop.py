@@ -179,6 +179,7 @@ class _Loop:
                     since_tokens, since_seconds = self.tokens, self.seconds
                 if self.done in snapshots:
                     self._save_model(f"snapshot-{snapshots[self.done]:.2f}")
+                is_last = is_last or stage.stop  # a validation may have said so
                 if is_last or (step.can_resume and self._save_is_due()):
                     self._save()
 

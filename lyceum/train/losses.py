@@ -114,20 +114,24 @@ def cross_entropy_sum(
     return total, hits
 
 
-def next_token_loss(model: Any, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, float, Metrics]:
+def next_token_loss(
+    model: Any, tokens_BT: Tensor, weights_BT: Tensor, noise_BTD: Tensor | None = None
+) -> tuple[Tensor, float, Metrics]:
     """Cross-entropy of every weighted token given its prefix.
 
     Args:
         model: a Decoder: `model(tokens_BT) -> hidden_BTD` and `model.output_weight`, (V, D).
         tokens_BT: right-padded rows of ids.
         weights_BT: weights_BT[b, t] is the loss weight of token t as target; column 0 is ignored (it has no prefix).
+        noise_BTD: added to the tokens' embeddings, where there is any.
 
     Returns:
         (weighted sum in nats, differentiable; sum of the weights; metrics: token_accuracy as (hits, targets)).
     """
     device = model.output_weight.device
     tokens_BT, weights_BT = tokens_BT.to(device), weights_BT.to(device)
-    hidden_ND = model(tokens_BT[:, :-1]).flatten(0, 1)
+    noise = {} if noise_BTD is None else {"noise_BTD": noise_BTD[:, :-1].to(device)}
+    hidden_ND = model(tokens_BT[:, :-1], **noise).flatten(0, 1)
     head_VD: Tensor = model.output_weight  # after the pass, which gathers it where the model is sharded
     targets_N, weights_N = tokens_BT[:, 1:].flatten(), weights_BT[:, 1:].flatten().to(hidden_ND.dtype)
     kept = weights_N.nonzero().squeeze(1)

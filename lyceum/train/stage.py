@@ -144,7 +144,7 @@ class Stage(ABC, Generic[MicroBatch]):
         flops_per_token: floating point operations to train on one of a step's tokens, for the share of the machine's
             limit that is shown; 0 = not known, not shown.
     Set by the loop: device, before `start`; origin (recipe, section, seed, and at a save step and results).
-    Set by `after_step`, if at all: stop.
+    Set by `after_step` or `validate`, if at all: stop.
     """
 
     kind: str = ""
@@ -223,7 +223,10 @@ class Stage(ABC, Generic[MicroBatch]):
         return {}
 
     def validate(self) -> dict[str, float]:
-        """Numbers on held-out data over all ranks, written as `valid/<name>`; called on every rank without gradient."""
+        """Numbers on held-out data over all ranks, written as `valid/<name>`; called on every rank without gradient.
+
+        May set `self.stop = True`, equally on every rank, to end the run here.
+        """
         return {}
 
     def samples(self) -> list[dict[str, Any]]:

@@ -47,6 +47,18 @@ def test_finished_lessons_say_how_long_fine_tuning_is(tmp_path: Path) -> None:
     assert found.tokens == 3 * 1000 * 48 and found.steps == round(3 * 1000 * 48 / 2048)  # a quarter of 192 each
 
 
+def test_a_plan_of_preferences_by_hand() -> None:
+    found = planned("smoke-preference")
+    # 48 of 60 prompts are learned from, 4 responses each, a quarter of 192 tokens; kto counts responses, 16 a step
+    assert (found["preference"].tokens, found["preference"].steps) == (48 * 4 * 48, 3)
+    assert (found["thumbs"].tokens, found["thumbs"].steps) == (48 * 4 * 48, 12)
+    forward = 48 * 4 * 48 * found["preference"].spec.flops_per_token(48) / 3
+    # learning is three forwards, the reference one; kto reads a stranger's response beside each, also by the reference
+    assert found["preference"].flops == pytest.approx(4 * forward)
+    assert found["thumbs"].flops == pytest.approx(6 * forward)
+    assert planned("smoke-preference", "preference.data='pairs.jsonl'")["preference"].tokens is None
+
+
 def test_what_the_dial_derives_is_planned_and_shown() -> None:
     found = planned("demo", "pretrain.tokens=0", "pretrain.batch_tokens=0", "pretrain.weight_decay=-1")["pretrain"]
     assert found.tokens == pytest.approx(20 * 1_115_520, rel=1e-3) and found.steps == found.tokens // 2048

@@ -18,7 +18,7 @@ from lyceum.config import Recipe
 from lyceum.corpus.records import Conversation, Message, write_records
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.errors import CheckpointError, DataError, TrainingError
+from lyceum.errors import CheckpointError, ConfigError, DataError, RunError, TrainingError
 from lyceum.log import read_metrics
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.heads import ScoreModel
@@ -300,6 +300,156 @@ def test_a_reward_model_is_no_place_to_start_from(chat: ChatFormat, inputs: dict
     save_checkpoint(tmp_path / "reward" / "checkpoint", ScoreModel.from_decoder(model(chat)), chat.tokenizer, {})
     with pytest.raises(CheckpointError, match="no language model"):
         run(SMALL, work_in(tmp_path / "run", {**inputs, "policy": tmp_path / "reward"}))
+
+
+# -------------------------------------------------------------------------------- noise (NEFTune)
+
+
+NOISY = dataclasses.replace(SMALL, neftune_alpha=5.0)
+
+
+def test_noise_has_the_stated_norm_is_zero_on_pads_and_belongs_to_its_row() -> None:
+    lengths, seeds, width, alpha = torch.tensor([40, 7, 90]), [11, 12, 13], 64, 5.0
+    noise = sft.embedding_noise(lengths, seeds, 100, width, alpha)
+    for row, length in enumerate(lengths.tolist()):
+        # uniform in (-1, 1) has the variance 1/3: the norm is alpha / sqrt(3), whatever the length
+        assert noise[row].norm().item() == pytest.approx(alpha / 3**0.5, rel=0.05)
+        assert noise[row].abs().max() <= alpha / (length * width) ** 0.5 and not noise[row, length:].any()
+        alone = sft.embedding_noise(lengths[row : row + 1], seeds[row : row + 1], length, width, alpha)
+        assert torch.equal(alone[0], noise[row, :length])
+    assert not torch.equal(noise[0, :7], noise[1, :7])
+
+
+def test_noise_is_added_to_the_embeddings_while_training_and_never_while_evaluating(chat: ChatFormat) -> None:
+    plain, noisy = begun(chat), begun(chat, NOISY)
+    assert plain.validate() == noisy.validate() and plain.samples() == noisy.samples()
+    (one, *_), (other, *_) = (next(stage.steps(0)).micro_batches for stage in (plain, noisy))
+    assert torch.equal(one.tokens_BT, other.tokens_BT)
+    before = plain.loss(one)[0]["reply"].total.item()
+    assert noisy.loss(other)[0]["reply"].total.item() != before
+    embedded = plain.model.model.embed_tokens(other.tokens_BT[:, :-1])  # the same by hand: a model that is fed vectors
+    added = sft.embedding_noise(other.lengths_B, other.seeds, other.tokens_BT.shape[1], plain.model.spec.width, 5.0)
+    given = embedded + added[:, :-1]
+    plain.model.model.embed_tokens.register_forward_hook(lambda *_: given)
+    by_hand = next_token_loss(plain.model, other.tokens_BT, other.weights_BT)[0]
+    assert noisy.loss(other)[0]["reply"].total.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+def test_noise_is_another_in_every_step_and_the_same_in_any_cut(chat: ChatFormat) -> None:
+    stage = begun(chat, dataclasses.replace(NOISY, micro_tokens=256))
+    steps = list(stage.steps(0))
+    seeds = [seed for step in steps for batch in step.micro_batches for seed in batch.seeds]
+    assert len(set(seeds)) == len(seeds) == 2 * 40
+    (batch, *_) = (batch for batch in steps[0].micro_batches if len(batch.lengths_B) > 1)
+    whole = stage.loss(batch)[0]["reply"].total.item()
+    assert sum(stage.loss(half)[0]["reply"].total.item() for half in batch.halves()) == pytest.approx(whole, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------- validation that decides
+
+
+class Scripted(SFT):
+    """Fine-tuning whose validation losses are given."""
+
+    losses: tuple[float, ...] = ()
+    seen = 0
+
+    def validate(self) -> dict[str, float]:
+        given = self.losses[self.seen]
+        self.seen += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sft, "mean_loss", lambda model, batches: {"loss": given, "accuracy": 0.5})
+            return super().validate()
+
+
+EARLY = dataclasses.replace(SMALL, patience=2, validate_every=1, save_every=1)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_ends_when_no_validation_was_better_and_keeps_the_best_model(
+    inputs: dict[str, Path], tmp_path: Path, rank: int
+) -> None:
+    stage = Scripted(dataclasses.replace(EARLY, lora_rank=rank))
+    stage.losses = (3.0, 2.0, 2.5, 1.5, 1.6, 1.5, 1.4)  # the sixth is not better, and the second in a row
+    report = loop.run_stage(stage, work_in(tmp_path, inputs))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and stage.num_steps > 7
+    assert report["stopped_early"] and report["best_loss"] == 1.5 and report["epochs"] < 2.0
+    saved = load_checkpoint(tmp_path / "checkpoint")
+    assert saved.info["step"] == 4 and saved.info["best_loss"] == 1.5
+    shorter = SFT(dataclasses.replace(SMALL, validate_every=1, lora_rank=rank))  # the same run, looked at after step 4
+    kept: list[dict[str, torch.Tensor]] = []
+    shorter.samples = lambda: (
+        kept.append(  # type: ignore[method-assign]
+            {name: weight.clone() for name, weight in shorter.model.state_dict().items()}
+        )
+        or []
+    )
+    loop.run_stage(shorter, work_in(tmp_path / "shorter", inputs))
+    if not rank:
+        assert all(torch.equal(weight, kept[3][name]) for name, weight in saved.model.state_dict().items())
+    else:
+        base = load_checkpoint(inputs["policy"] / "checkpoint").model
+        load_adapters(tmp_path / "adapter", base)
+        adapters = {name: weight for name, weight in base.state_dict().items() if ".lora_" in name}
+        assert adapters and all(torch.equal(weight, kept[3][name]) for name, weight in adapters.items())
+
+
+def test_waiting_survives_a_kill(inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(EARLY, patience=1, validate_every=2, save_every=3, lr=0.03, matrix_lr=0.1, epochs=8.0)
+    straight = run(config, work_in(tmp_path / "straight", inputs))
+    whole, ends = SFT.steps, read_metrics(tmp_path / "straight" / "metrics.jsonl")[-1]["step"]
+
+    def killed(self: SFT, first: int) -> Iterator[Step[TokenBatch]]:
+        for number, step in enumerate(whole(self, first), first):
+            if number == ends - 1:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(SFT, "steps", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, work_in(tmp_path / "killed", inputs))
+    monkeypatch.setattr(SFT, "steps", whole)
+    report = run(config, work_in(tmp_path / "killed", inputs))
+    assert report["best_loss"] == straight["best_loss"] and report["stopped_early"] == straight["stopped_early"]
+    saved, other = (load_checkpoint(tmp_path / name / "checkpoint").model for name in ("straight", "killed"))
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in saved.state_dict().items())
+
+
+def test_the_reward_model_can_be_what_patience_waits_for(
+    chat: ChatFormat, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(EARLY, best_by="reward", patience=9)
+    with pytest.raises(RunError, match="no reward section stands before this one"):
+        run(config, work_in(tmp_path / "none", inputs))
+    judge = ScoreModel.from_decoder(model(chat))
+    save_checkpoint(tmp_path / "reward" / "checkpoint", judge, chat.tokenizer, {"reward_centre": 0.0})
+    report = run(config, work_in(tmp_path / "run", {**inputs, "reward": tmp_path / "reward"}))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert report["best_reward"] == max(line["valid/reward"] for line in lines)
+    assert all(0 <= line["valid/ended"] <= 1 for line in lines)
+    best = next(line["step"] for line in lines if line["valid/reward"] == report["best_reward"])
+    assert load_checkpoint(tmp_path / "run" / "checkpoint").info["step"] == best
+
+
+def test_replies_without_an_end_score_what_no_reward_model_is_asked(chat: ChatFormat) -> None:
+    stage = begun(chat)
+    asked: list[int] = []
+
+    def judge(prompts: Any, responses: Any, meta: Any) -> list[float | None]:
+        asked.append(len(responses))
+        return [1.0] * len(responses)
+
+    stage.judge = judge
+    numbers = stage.validate()
+    assert asked == [8] and numbers["reward"] == pytest.approx(numbers["ended"] - 3.0 * (1 - numbers["ended"]))
+
+
+def test_patience_without_anything_to_wait_for_is_refused(chat: ChatFormat) -> None:
+    with pytest.raises(ConfigError, match="validate_every = 0"):
+        SFTConfig(patience=2)
+    with pytest.raises(TrainingError, match="no conversations to validate on"):
+        SFT(EARLY).begin(model(chat), conversations(0, 8), [], chat, seed=0)
 
 
 # -------------------------------------------------------------------------------- stopping
