@@ -22,7 +22,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,14 @@ from lyceum.train.watch import watch_config
 
 @dataclass(frozen=True)
 class Input:
-    """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does."""
+    """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does.
+
+    needed: whether there must be one; or, of the section's settings, whether they ask for one.
+    """
 
     role: str
     kinds: tuple[str, ...]
-    needed: bool = True
+    needed: bool | Callable[[Any], bool] = True
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,15 @@ class Kind:
     every_rank: bool = False
 
 
-def _from(role: str, *kinds: str, needed: bool = True) -> Input:
+def _from(role: str, *kinds: str, needed: bool | Callable[[Any], bool] = True) -> Input:
     return Input(role, kinds or (role,), needed)
+
+
+ON_POLICY = (  # what a policy that learns from its own samples starts from, besides itself
+    _from("reward", needed=lambda config: not config.rewards or "model" in config.rewards),
+    _from("lessons"),
+    _from("pretrain", needed=lambda config: config.ptx_coef > 0),
+)
 
 
 KINDS: dict[str, Kind] = {
@@ -109,7 +119,7 @@ KINDS: dict[str, Kind] = {
         "draw answers and rank them",
         "lyceum.synth.rankings",
         "RankingsConfig",
-        (_from("policy", "sft", "ppo"), _from("lessons")),
+        (_from("policy", "sft", "ppo", "grpo"), _from("lessons")),
     ),
     "reward": Kind(
         "stage 3: learn to tell the better answer",
@@ -122,7 +132,14 @@ KINDS: dict[str, Kind] = {
         "stage 4: learn from the reward of its own answers",
         "lyceum.stages.ppo",
         "PPOConfig",
-        (_from("policy", "sft"), _from("reward"), _from("lessons"), _from("pretrain")),
+        (_from("policy", "sft"), *ON_POLICY),
+        every_rank=True,
+    ),
+    "grpo": Kind(
+        "learn from comparing its own answers, without a critic",
+        "lyceum.stages.grpo",
+        "GRPOConfig",
+        (_from("policy", "sft", "ppo", "grpo"), *ON_POLICY),
         every_rank=True,
     ),
     "eval": Kind(
@@ -140,7 +157,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 POLICY = "policy"  # the role that ``from = "name"`` chooses
-CAN_CHAT = ("ppo", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
+CAN_CHAT = ("ppo", "grpo", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
 REPORT = "lyceum.evals.report"
 
 # -------------------------------------------------------------------------------- the plan
@@ -188,9 +205,9 @@ def plan(recipe: Recipe) -> list[Step]:
 def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     kind = KINDS[section.kind]
     where = f"[{section.kind}]" if section.kind == section.name else f"[{section.kind}.{section.name}]"
-    inputs = _find_inputs(section, kind, earlier, f"{where} in {recipe.path}")
     module = importlib.import_module(kind.module)
     config = build(getattr(module, kind.config), section.settings, f"{where} in {recipe.path}")
+    inputs = _find_inputs(section, kind, config, earlier, f"{where} in {recipe.path}")
     seed = int.from_bytes(hashlib.blake2b(f"{recipe.seed}/{section.name}".encode(), digest_size=4).digest(), "big")
     keys = {step.name: step.key for step in earlier}
     made_from = {
@@ -206,7 +223,7 @@ def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     return Step(section, kind, config, inputs, seed, key)
 
 
-def _find_inputs(section: Section, kind: Kind, earlier: Sequence[Step], where: str) -> dict[str, str]:
+def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[Step], where: str) -> dict[str, str]:
     """Role -> name of the nearest earlier section that can play it."""
     if section.source and POLICY not in {wanted.role for wanted in kind.inputs}:
         raise ConfigError(f"{where}: a {section.kind} section starts from no model", hint="leave out 'from'")
@@ -227,7 +244,7 @@ def _find_inputs(section: Section, kind: Kind, earlier: Sequence[Step], where: s
                 inputs[wanted.role] = section.source
         elif fitting:
             inputs[wanted.role] = fitting[-1]
-        elif wanted.needed:
+        elif wanted.needed is True or (callable(wanted.needed) and wanted.needed(config)):
             raise ConfigError(
                 f"{where} needs an earlier section of kind {kinds}", hint=f"add [{wanted.kinds[0]}] before {where}"
             )
