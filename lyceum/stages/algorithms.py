@@ -14,8 +14,9 @@ stage (`lyceum.stages.onpolicy`) looks each word up once, when it is made; what 
 
 The words are explained in `lyceum.train.advantages` and `lyceum.train.objectives`. KL "reward": k1 of each token is
 taken off its reward, times beta. "k2", "k3": a term of the loss, weighted as the surrogate is. On the policy's own samples
-the gradient of k2 is that of KL(pi || pi_ref); of k3 it is that of KL(pi_ref || pi), which the GRPO paper uses all the
-same. k1 as a loss has no gradient in expectation, and is not offered.
+the gradient of k2 is that of KL(pi || pi_ref) of the choice at hand; of k3 it is that of KL(pi_ref || pi), which the GRPO
+paper uses all the same. Either leaves out that an early token leads to states where later ones cost more: only a
+penalty in the reward knows that. k1 as a loss has no gradient in expectation, and is not offered.
 """
 
 from __future__ import annotations

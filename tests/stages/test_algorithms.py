@@ -67,6 +67,34 @@ def test_kl_in_the_reward_and_k2_in_the_loss_have_the_gradient_of_the_penalised_
     assert (expected_gradient("rloo", 2, 0.7, kl="k3") - true).abs().max() > 1e-3  # the control
 
 
+def test_over_two_tokens_only_kl_in_the_reward_has_the_whole_gradient() -> None:
+    # the first of two choices decides among which two the second is made
+    logits = torch.tensor([[0.3, -0.2], [0.5, 0.0], [-0.4, 0.9]], dtype=torch.float64, requires_grad=True)
+    ref = torch.log_softmax(torch.tensor([[0.0, 0.1], [-0.6, 0.4], [0.2, 0.3]], dtype=torch.float64), 1)
+    reward, beta, mask_BT = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64), 0.7, torch.ones(4, 2)
+    first, second = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+
+    def of_reply(table: torch.Tensor) -> torch.Tensor:
+        return torch.stack([table[0, first], table[1 + first, second]], 1)
+
+    logp_BT, ref_BT = of_reply(torch.log_softmax(logits, 1)), of_reply(ref)
+    p_B = logp_BT.sum(1).exp()
+    (true,) = torch.autograd.grad((p_B * (reward - beta * (logp_BT - ref_BT).sum(1))).sum(), logits, retain_graph=True)
+
+    def expected(kl: str) -> torch.Tensor:
+        kl_BT = algebra.kl_estimate(logp_BT.detach(), ref_BT)
+        reward_BT = algebra.token_rewards(kl_BT, mask_BT, reward, beta if kl == "reward" else 0.0)
+        advantage_BT, _ = ESTIMATORS["returns"](reward_BT, reward_BT * 0, mask_BT, first, 1.0, 1.0)
+        loss_BT, _ = OBJECTIVES["reinforce"](logp_BT, logp_BT.detach(), advantage_BT, mask_BT, Clip())
+        if kl != "reward":
+            loss_BT = loss_BT + beta * algebra.kl_estimate(logp_BT, ref_BT, kl)
+        return -torch.autograd.grad((p_B.detach() * loss_BT.sum(1)).sum(), logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(expected("reward"), true)
+    torch.testing.assert_close(expected("k2")[1:], true[1:])  # nothing comes after the second choice
+    assert (expected("k2")[0] - true[0]).abs().max() > 0.01 and (expected("k3") - true).abs().max() > 0.01
+
+
 def test_every_word_of_every_preset_is_in_its_table() -> None:
     for preset in PRESETS.values():
         assert preset.advantage in ESTIMATORS and preset.objective in OBJECTIVES

@@ -292,7 +292,9 @@ def test_every_preset_reaches_for_the_known_optimum_and_shuffled_rewards_teach_n
     share, variation = share_of_the_optimum(tmp_path / "true", seed, config)
     control, _ = share_of_the_optimum(tmp_path / "control", seed, config, shuffled=True)
     print(f"{name} seed {seed}: share {share:.3f}, total variation {variation:.3f}; control {control:.3f}")
-    assert share > 0.6 and control < 0.15
+    assert (
+        share > (0.7 if name in ("rloo", "reinforce++") else 0.45) and control < 0.15
+    )  # KL in the reward; in the loss
 
 
 if __name__ == "__main__":
