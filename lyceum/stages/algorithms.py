@@ -68,6 +68,9 @@ class OnPolicyConfig(TrainConfig):
     top_p: float = setting(1.0, "must stay 1, for the same reason", low=0.0, high=1.0)
     rewards: dict[str, float] = setting({}, "where scores come from, name = weight; none = the reward model")
     reward_pattern: str = setting("", "regular expression that verified replies must match; its first group answers")
+    dense: str = setting("", "function of ids that rewards single tokens, in addition; empty = none")
+    dense_coef: float = setting(1.0, "weight of its rewards")
+    dense_decay: float = setting(1.0, "what that weight is multiplied by after each iteration", low=0.0, high=1.0)
     missing_end: str = setting(
         "replace", "what missing_end_score does to a reply without an end", choices=("replace", "subtract", "keep")
     )

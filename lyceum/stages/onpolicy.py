@@ -33,7 +33,7 @@ from lyceum.batches.shards import Shards
 from lyceum.batches.stream import Stream, token_batch
 from lyceum.corpus.mixture import key_of, permuted
 from lyceum.engine.engine import Engine
-from lyceum.engine.sampling import SamplingParams, mix_seed
+from lyceum.engine.sampling import mix_seed
 from lyceum.errors import CheckpointError, RunError, TrainingError
 from lyceum.log import log
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
@@ -44,7 +44,19 @@ from lyceum.run import checkpoint_in
 from lyceum.stages.algorithms import OnPolicyConfig, resolve
 from lyceum.stages.pretrain import part_weights
 from lyceum.stages.reward import RewardModel
-from lyceum.stages.rewards import MODEL, Blend, RewardSource, Score, checked, last_turn, reward_source, score_function
+from lyceum.stages.rewards import (
+    MODEL,
+    Blend,
+    Dense,
+    RewardSource,
+    Score,
+    checked,
+    dense_rewards,
+    find_function,
+    load_judge,
+    reward_source,
+    score_function,
+)
 from lyceum.stages.rollouts import (
     Rollout,
     check_first_ratio,
@@ -54,6 +66,7 @@ from lyceum.stages.rollouts import (
     estimate,
     figures,
     fitting,
+    greedy_answers,
     make_rollout,
     sample_replies,
 )
@@ -79,18 +92,24 @@ class OnPolicy(Stage[Batch]):
     Args:
         config: its settings.
         reward: where rewards come from; None takes what the settings name.
+        dense: rewards of single tokens, in addition; None takes what the settings name, by default none.
     """
 
     headline = "objective/scores"
     config: OnPolicyConfig
 
-    def __init__(self, config: OnPolicyConfig, reward: RewardSource | Callable[..., list[Score]] | None = None) -> None:
+    def __init__(
+        self,
+        config: OnPolicyConfig,
+        reward: RewardSource | Callable[..., list[Score]] | None = None,
+        dense: Dense | None = None,
+    ) -> None:
         super().__init__(config)
         self.algorithm = resolve(config, *self.named())
         self.objective = OBJECTIVES[self.algorithm.objective]
         self.mean = AGGREGATORS[self.algorithm.mean]
         self.clip = Clip(config.clip, config.clip_high or None, config.dual_clip)
-        self.reward = reward
+        self.reward, self.dense = reward, dense
         self.iteration = 0
         self.prompt_cursor = 0
         self.kl = algebra.AdaptiveKL(config.kl_beta, config.kl_target, config.kl_horizon)
@@ -121,12 +140,16 @@ class OnPolicy(Stage[Batch]):
         judge = None
         if self.reward is None:
             rewards = dict(config.rewards) or {MODEL: 1.0}
-            judge = self.load_judge(work) if MODEL in rewards else None
+            if MODEL in rewards:
+                judge = load_judge(work, self.tokenizer, self.kind, config.micro_tokens)
+                self.frozen["reward"] = judge.model
             self.reward = judge
             if rewards != {MODEL: 1.0}:
                 self.reward = reward_source(
                     rewards, chat, model=judge, pattern=config.reward_pattern, folder=work.recipe.path.parent
                 )
+        if self.dense is None and config.dense:
+            self.dense = find_function(config.dense, work.recipe.path.parent)
         room = loaded.spec.context_length - config.max_response_tokens
         prompts = read_prompts(work.inputs["lessons"] / "prompts.jsonl", chat, room)
         text = None
@@ -143,26 +166,6 @@ class OnPolicy(Stage[Batch]):
             loaded.model, prompts, judge=judge, text=text, stop_ids=chat.stop_ids,
             pad_id=self.tokenizer.pad_id, seed=work.seed,
         )  # fmt: skip
-
-    def load_judge(self, work: Work) -> RewardModel:
-        """The reward model, which must read the policy's own ids.
-
-        Raises:
-            RunError: no reward section comes before. CheckpointError: its tokenizer is another one.
-        """
-        if "reward" not in work.inputs:
-            raise RunError(
-                f"{self.kind} takes its rewards from a reward model, and no reward section comes before",
-                hint="put a [reward] section before it, or name other rewards: rewards = { exact_answer = 1.0 }",
-            )
-        judge = RewardModel.load(work.inputs["reward"] / "checkpoint", micro_tokens=self.config.micro_tokens)
-        if judge.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise CheckpointError(
-                f"{work.inputs['reward']} was trained with another tokenizer than {work.inputs['policy']}",
-                hint="train the reward model from this policy's own tokenizer, or name a function as the reward",
-            )
-        self.frozen["reward"] = judge.model
-        return judge
 
     def begin(
         self,
@@ -280,6 +283,11 @@ class OnPolicy(Stage[Batch]):
             [score for *_, score in kept], [number for number, *_ in kept], self.pad_id, self.device,
             group_size=size, dtype=next(self.policy.parameters()).dtype,
         )  # fmt: skip
+        if self.dense is not None:
+            rows = [(self.prompts.ids[i], output.ids, self.prompts.meta[i]) for _, i, output, _ in kept]
+            each = [number for row in dense_rewards(self.dense, rows) for number in row]
+            weight = config.dense_coef * config.dense_decay**self.iteration
+            rollout.dense_BT[rollout.mask_BT] = weight * rollout.score_B.new_tensor(each)
         if config.score_clip:
             rollout.score_B = rollout.score_B.clamp(-config.score_clip, config.score_clip)
         rollout.score_B = algebra.apply_missing_end(
@@ -312,6 +320,9 @@ class OnPolicy(Stage[Batch]):
         self.figures = figures(rollout, kl_BT, self.beta, counted)
         if isinstance(self.reward, Blend):
             self.figures |= self.reward.means()
+        if self.dense is not None:
+            sums = dist.sum_numbers({"dense": float(rollout.dense_BT.sum()), "n": float(len(rollout.score_B))})
+            self.figures["objective/dense_reward"] = sums["dense"] / max(sums["n"], 1.0)
         self.first_figures = self.first_figures or self.figures
         was_said = any(self.left_out.values())
         for name in COUNTED:
@@ -426,17 +437,7 @@ class OnPolicy(Stage[Batch]):
         if self.tokenizer is None:
             return []
         prompts = self.prompts.ids[:NUM_SAMPLES]
-        params = SamplingParams(self.config.max_response_tokens, temperature=0.0, stop_ids=self.stop_ids)
-        outputs = Engine(model, max_batch=NUM_SAMPLES).generate(prompts, params)
-        chat = ChatFormat(self.tokenizer)
-        return [
-            {
-                "prompt": last_turn(self.tokenizer.decode(prompt, keep_special=True)),
-                "reply": chat.parse(output.ids).content,
-                "ended": output.finish == "stop",
-            }
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+        return greedy_answers(model, prompts, self.tokenizer, self.config.max_response_tokens, self.stop_ids)
 
     def samples(self) -> list[dict[str, Any]]:
         """Greedy replies to a few fixed prompts."""

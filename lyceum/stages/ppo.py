@@ -46,7 +46,7 @@ from lyceum.model.transformer import Decoder
 from lyceum.stages.algorithms import OnPolicyConfig
 from lyceum.stages.onpolicy import Batch, OnPolicy
 from lyceum.stages.reward import RewardModel
-from lyceum.stages.rewards import RewardSource, Score
+from lyceum.stages.rewards import Dense, RewardSource, Score
 from lyceum.stages.rollouts import Rollout, explained_variance
 from lyceum.train.loop import run_stage
 from lyceum.train.objectives import clipped_value_loss
@@ -94,13 +94,19 @@ class PPO(OnPolicy):
         config: its settings.
         reward: where rewards come from; None takes what the settings name, by default the reward model of
             `work.inputs["reward"]`.
+        dense: rewards of single tokens, in addition, such as a trainer's while the reply was shown.
     """
 
     kind = "ppo"
     config: PPOConfig
 
-    def __init__(self, config: PPOConfig, reward: RewardSource | Callable[..., list[Score]] | None = None) -> None:
-        super().__init__(config, reward)
+    def __init__(
+        self,
+        config: PPOConfig,
+        reward: RewardSource | Callable[..., list[Score]] | None = None,
+        dense: Dense | None = None,
+    ) -> None:
+        super().__init__(config, reward, dense)
         self.lam = config.lam
         if config.critic == "shared" and config.critic_warmup:
             raise ConfigError(

@@ -24,17 +24,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lyceum import dist
-from lyceum.errors import ConfigError, LyceumError, UsageError, did_you_mean
+from lyceum.errors import CheckpointError, ConfigError, LyceumError, RunError, UsageError, did_you_mean
 from lyceum.evals.verify import VERIFIERS, check_pattern
 from lyceum.log import log
+from lyceum.stages.reward import RewardModel
 from lyceum.tokens.chat import TURN_END, TURN_START, ChatFormat
+
+if TYPE_CHECKING:
+    from lyceum.run import Work
+    from lyceum.tokens.tokenizer import Tokenizer
 
 Ids = Sequence[int]
 Score = float | None
 TextReward = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[Score]]
+
+# (prompts, responses, meta), as ids -> for each response one reward for each of its tokens
+Dense = Callable[[list[Ids], list[Ids], list[dict[str, Any]]], Sequence[Sequence[float]]]
 
 MODEL = "model"  # the reward model, among the names of `rewards`
 
@@ -82,6 +90,22 @@ def checked(scores: Sequence[Score], num_responses: int, who: str = "the reward 
             )
         found.append(None if score is None or math.isnan(score) else score)
     return found
+
+
+def dense_rewards(dense: Dense, rows: Sequence[tuple[Ids, Ids, dict[str, Any]]]) -> list[list[float]]:
+    """One number for each token of each response; rows are (prompt, response, meta).
+
+    Raises:
+        UsageError: the source gave another number of them, or one that is not finite.
+    """
+    found = dense([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]) if rows else []
+    wanted = [len(row[1]) for row in rows]
+    if [len(numbers) for numbers in found] != wanted or not all(math.isfinite(n) for row in found for n in row):
+        raise UsageError(
+            "the dense reward did not give one finite number for each token of each response",
+            hint="return a list of numbers for each response, as long as its ids; 0 where nothing is to be said",
+        )
+    return [[float(number) for number in numbers] for numbers in found]
 
 
 @dataclass
@@ -146,6 +170,26 @@ class Blend:
         return {name: total / max(count, 1.0) for name, (total, count) in sums.items()}
 
 
+def load_judge(work: Work, tokenizer: Tokenizer, kind: str, micro_tokens: int) -> RewardModel:
+    """The reward model of `work.inputs["reward"]`, which must read the policy's own ids.
+
+    Raises:
+        RunError: no reward section comes before. CheckpointError: its tokenizer is another one than the policy's.
+    """
+    if "reward" not in work.inputs:
+        raise RunError(
+            f"{kind} takes its rewards from a reward model, and no reward section comes before",
+            hint="put a [reward] section before it, or name other rewards: rewards = { exact_answer = 1.0 }",
+        )
+    judge = RewardModel.load(work.inputs["reward"] / "checkpoint", micro_tokens=micro_tokens)
+    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{work.inputs['reward']} was trained with another tokenizer than {work.inputs['policy']}",
+            hint="train the reward model from this policy's own tokenizer, or name a function as the reward",
+        )
+    return judge
+
+
 def reward_source(
     rewards: Mapping[str, float],
     chat: ChatFormat,
@@ -178,7 +222,7 @@ def reward_source(
     return Blend(parts)
 
 
-def find_function(name: str, folder: Path | None = None) -> TextReward:
+def find_function(name: str, folder: Path | None = None) -> Callable[..., Any]:
     """The function that `package.module:function` or `path/to/file.py:function` names.
 
     Raises:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.engine.sequence import Output
 from lyceum.errors import DataError, TrainingError
 from lyceum.log import log
+from lyceum.model.transformer import Decoder
 from lyceum.stages.algorithms import Algorithm
+from lyceum.stages.rewards import Ids, last_turn
+from lyceum.tokens.chat import ChatFormat
+from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import policy as algebra
 from lyceum.train.advantages import ESTIMATORS
-
-Ids = Sequence[int]
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Rollout:
 
     tokens_BT: prompt and response, right-padded. lengths_B: real tokens of each row. number_B: the episode's number in
     its iteration, over all ranks. group_B: its prompt's. ended_B: the response stopped by itself. score_B: after the
-    missing-end rule.
+    missing-end rule. dense_BT: rewards of single tokens, in addition.
     sampled_BT: the sampler's log-probabilities; logp_old_BT: the training graph's; logp_ref_BT: the reference's.
     """
 
@@ -47,6 +50,7 @@ class Rollout:
     group_B: Tensor
     ended_B: Tensor
     score_B: Tensor
+    dense_BT: Tensor
     sampled_BT: Tensor
     logp_old_BT: Tensor
     logp_ref_BT: Tensor
@@ -105,6 +109,7 @@ def make_rollout(
         number_B // group_size,
         torch.tensor([output.finish == "stop" for output in outputs], dtype=torch.bool),
         torch.tensor(list(scores), dtype=dtype),
+        torch.zeros(tokens_BT.shape, dtype=dtype),
         sampled_BT,
         **{name: torch.zeros(tokens_BT.shape, dtype=dtype) for name in names},
     )
@@ -138,6 +143,23 @@ def sample_replies(
         for number in numbers
     ]
     return engine.generate(prompts, params)
+
+
+def greedy_answers(
+    model: Decoder, prompts: Sequence[Ids], tokenizer: Tokenizer, max_tokens: int, stop_ids: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """A model's greedy replies, as text, beside what was last said to it."""
+    params = SamplingParams(max_tokens, temperature=0.0, stop_ids=stop_ids)
+    outputs = Engine(model, max_batch=max(1, len(prompts))).generate(prompts, params)
+    chat = ChatFormat(tokenizer)
+    return [
+        {
+            "prompt": last_turn(tokenizer.decode(list(prompt), keep_special=True)),
+            "reply": chat.parse(output.ids).content,
+            "ended": output.finish == "stop",
+        }
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
 
 
 def fitting(prompts: Prompts, room: int) -> Prompts:
@@ -231,7 +253,8 @@ def estimate(
     """
     mask_BT = rollout.mask_BT
     kl_BT = algebra.kl_estimate(rollout.logp_old_BT, rollout.logp_ref_BT, "k1")
-    reward_BT = algebra.token_rewards(kl_BT, mask_BT, rollout.score_B, beta if algorithm.kl == "reward" else 0.0)
+    penalty = beta if algorithm.kl == "reward" else 0.0
+    reward_BT = algebra.token_rewards(kl_BT, mask_BT, rollout.score_B, penalty) + rollout.dense_BT
     if whiten_rewards:
         reward_BT = algebra.masked_whiten(reward_BT, mask_BT, global_moments(reward_BT, mask_BT), shift_mean=False)
     advantage_BT, rollout.return_BT = ESTIMATORS[algorithm.advantage](

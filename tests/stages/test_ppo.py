@@ -286,6 +286,39 @@ def test_scores_are_clipped_where_asked() -> None:
     assert rollout.score_B.tolist() == [min(max(score, -2.0), 2.0) for score in scores]
 
 
+def five_is_good(prompts: Any, responses: Sequence[Sequence[int]], meta: Any) -> list[list[float]]:
+    return [[float(token == 5) for token in response] for response in responses]
+
+
+def test_dense_rewards_stand_on_their_tokens_beside_the_score_and_fade() -> None:
+    stage = begun(replace(SMALL, dense_coef=0.5, dense_decay=0.1, gamma=0.0, kl_beta=0.0, missing_end="keep"))
+    stage.dense = five_is_good
+    for weight in (0.5, 0.05):  # with gamma 0 the return of a token is its own reward
+        rollout, _ = stage.collect()
+        expected = weight * ((rollout.tokens_BT == 5) & rollout.mask_BT)
+        assert expected.sum() > 0
+        fives = expected.sum() / 12
+        expected[torch.arange(12), rollout.lengths_B - 1] += rollout.score_B
+        torch.testing.assert_close(rollout.return_BT, expected)
+        assert stage.figures["objective/dense_reward"] == pytest.approx(float(fives), rel=1e-5)
+        stage.iteration += 1
+    stage.dense = lambda p, r, m: [[1.0]] * len(r)
+    with pytest.raises(UsageError, match="one finite number for each token"):
+        stage.collect()
+
+
+def test_a_dense_reward_alone_is_learned_from_and_without_it_nothing_is(tmp_path: Path) -> None:
+    config = replace(SMALL, iterations=12, prompts_per_iteration=48, missing_end="keep", lr=4e-3)
+    shares = {}
+    for name, dense in (("dense", five_is_good), ("none", None)):
+        stage = Toy(config, lambda p, r, m: [0.0] * len(r))
+        stage.dense = dense
+        train(stage, tmp_path / name)
+        rollout, _ = stage.collect()
+        shares[name] = float(((rollout.tokens_BT == 5) & rollout.mask_BT).sum() / rollout.mask_BT.sum())
+    assert shares["dense"] > shares["none"] + 0.2
+
+
 # ---------------------------------------------------------------- refusals
 
 
