@@ -42,6 +42,12 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
 
+ON_POLICY = (
+    ("objective/scores", "reward"),
+    ("objective/kl", "KL from where it began, nats a reply"),
+    ("tokens/end_rate", "share of replies that end"),
+    ("tokens/response_length", "tokens a reply"),
+)
 # section kind -> curves to draw: (metric in metrics.jsonl, title)
 CURVES = {
     "pretrain": (
@@ -51,12 +57,8 @@ CURVES = {
     ),
     "sft": (("loss/reply", "loss, nats a token"), ("valid/accuracy", "validation, share of tokens right")),
     "reward": (("loss/ranking", "K-wise loss"), ("accuracy", "pairs in the ranked order")),
-    "ppo": (
-        ("objective/scores", "reward"),
-        ("objective/kl", "KL from SFT, nats a reply"),
-        ("tokens/end_rate", "share of replies that end"),
-        ("tokens/response_length", "tokens a reply"),
-    ),
+    "ppo": ON_POLICY,
+    "grpo": ON_POLICY,
 }
 
 

@@ -2,7 +2,8 @@
 
 A preset is five words, each a name in a table: how a reward becomes an advantage, whether advantages are whitened,
 which surrogate is made small, how tokens weigh against each other, and where the KL to the reference counts. The
-stage (`lyceum.stages.onpolicy`) looks each word up once, when it is made; what cannot work together is refused there.
+stage (`lyceum.stages.onpolicy`) looks each word up once, when it is made; what cannot work together is refused when the
+recipe is read.
 
     preset                 advantage      whitened  objective  mean           KL       paper
     ppo                    gae            yes       clipped    token_mean     reward   Schulman et al. 2017; Ouyang 2022
@@ -26,6 +27,7 @@ from dataclasses import dataclass, replace
 from lyceum.config import setting
 from lyceum.errors import ConfigError
 from lyceum.evals.verify import check_pattern
+from lyceum.stages.rewards import check_name
 from lyceum.train.advantages import ESTIMATORS, OVER_GROUPS
 from lyceum.train.objectives import AGGREGATORS, OBJECTIVES
 from lyceum.train.stage import TrainConfig
@@ -115,6 +117,11 @@ class OnPolicyConfig(TrainConfig):
     batch_tokens: int = setting(1, "not used: a step is one of the `minibatches`", low=1)
 
     @property
+    def preset(self) -> tuple[str, ...]:
+        """What `resolve` takes besides these settings: the preset's name, and perhaps another advantage."""
+        raise NotImplementedError
+
+    @property
     def episodes(self) -> int:
         """Replies of one iteration, over all ranks."""
         return self.prompts_per_iteration * self.group_size
@@ -141,7 +148,7 @@ def resolve(config: OnPolicyConfig, preset: str, advantage: str = "") -> Algorit
 
 
 def check(config: OnPolicyConfig, algorithm: Algorithm) -> None:
-    """Refuses what cannot work together, once, before anything is loaded.
+    """Refuses what cannot work together, before any section of the recipe runs.
 
     Raises:
         ConfigError: says what, and what to do.
@@ -182,3 +189,5 @@ def check(config: OnPolicyConfig, algorithm: Algorithm) -> None:
     if config.lora_rank and config.train_layers:
         refuse("lora_rank and train_layers both say what is trained", "choose one of the two")
     check_pattern(config.reward_pattern)
+    for name in config.rewards:
+        check_name(name)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lyceum.config import setting
-from lyceum.stages.algorithms import PRESETS, OnPolicyConfig
+from lyceum.stages.algorithms import PRESETS, OnPolicyConfig, resolve
 from lyceum.stages.onpolicy import OnPolicy
 from lyceum.train.advantages import ESTIMATORS
 from lyceum.train.loop import run_stage
@@ -61,16 +61,20 @@ class GRPOConfig(OnPolicyConfig):
     )
     kl_beta: float = setting(0.04, "KL coefficient (where the controller starts, if kl_target is set)", low=0.0)
 
+    def __post_init__(self) -> None:
+        resolve(self, *self.preset)
+
+    @property
+    def preset(self) -> tuple[str, ...]:
+        """The preset, and the estimator if the settings name another."""
+        return self.algorithm, self.advantage
+
 
 class GRPO(OnPolicy):
     """A policy that learns from how its replies to one prompt compare."""
 
     kind = "grpo"
     config: GRPOConfig
-
-    def named(self) -> tuple[str, ...]:
-        """The preset that the settings name, and the estimator if they name another."""
-        return self.config.algorithm, self.config.advantage
 
 
 def run(config: GRPOConfig, work: Work) -> dict[str, Any]:

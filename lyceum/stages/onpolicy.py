@@ -105,7 +105,7 @@ class OnPolicy(Stage[Batch]):
         dense: Dense | None = None,
     ) -> None:
         super().__init__(config)
-        self.algorithm = resolve(config, *self.named())
+        self.algorithm = resolve(config, *config.preset)
         self.objective = OBJECTIVES[self.algorithm.objective]
         self.mean = AGGREGATORS[self.algorithm.mean]
         self.clip = Clip(config.clip, config.clip_high or None, config.dual_clip)
@@ -121,10 +121,6 @@ class OnPolicy(Stage[Batch]):
         self.left_out = dict.fromkeys(COUNTED, 0.0)  # over the whole run
         self.final_samples: list[dict[str, Any]] = []  # of what was saved
         self.is_proven = False  # sampler and training graph were compared in this process
-
-    def named(self) -> tuple[str, ...]:
-        """The preset of the section."""
-        raise NotImplementedError
 
     # -- where it starts
 

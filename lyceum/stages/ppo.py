@@ -43,7 +43,7 @@ from lyceum.config import setting
 from lyceum.errors import ConfigError
 from lyceum.model.heads import ScoreModel
 from lyceum.model.transformer import Decoder
-from lyceum.stages.algorithms import OnPolicyConfig
+from lyceum.stages.algorithms import OnPolicyConfig, resolve
 from lyceum.stages.onpolicy import Batch, OnPolicy
 from lyceum.stages.reward import RewardModel
 from lyceum.stages.rewards import Dense, RewardSource, Score
@@ -73,6 +73,19 @@ class PPOConfig(OnPolicyConfig):
     vf_coef: float = setting(1.0, "weight of the value loss", low=0.0)
     critic_lr: float = setting(3e-4, "the critic's peak learning rate of AdamW", low=0.0)
     critic_matrix_lr: float = setting(0.0, "the critic's peak learning rate of Muon; 0 = AdamW", low=0.0)
+
+    def __post_init__(self) -> None:
+        resolve(self, *self.preset)
+        if self.critic == "shared" and self.critic_warmup:
+            raise ConfigError(
+                "a critic on the policy's own trunk cannot learn alone: its loss moves the policy",
+                hint="set critic_warmup = 0, or critic = 'own'",
+            )
+
+    @property
+    def preset(self) -> tuple[str, ...]:
+        """PPO itself."""
+        return ("ppo",)
 
 
 # ---------------------------------------------------------------- equations (see train/advantages.py, objectives.py)
@@ -108,15 +121,6 @@ class PPO(OnPolicy):
     ) -> None:
         super().__init__(config, reward, dense)
         self.lam = config.lam
-        if config.critic == "shared" and config.critic_warmup:
-            raise ConfigError(
-                "a critic on the policy's own trunk cannot learn alone: its loss moves the policy",
-                hint="set critic_warmup = 0, or critic = 'own'",
-            )
-
-    def named(self) -> tuple[str, ...]:
-        """PPO itself."""
-        return ("ppo",)
 
     def begin(
         self,

@@ -222,19 +222,25 @@ def reward_source(
     return Blend(parts)
 
 
+def check_name(name: str) -> None:
+    """Refuses a name of a reward that is none: neither known nor of the form module:function."""
+    where, _, attribute = name.rpartition(":")
+    known = [MODEL, *VERIFIERS]
+    if name not in known and not (where and attribute):
+        raise ConfigError(
+            f"{name!r} is no reward; known are {', '.join(known)}",
+            hint=did_you_mean(name, known) or "name a function of yours as module:function or file.py:function",
+        )
+
+
 def find_function(name: str, folder: Path | None = None) -> Callable[..., Any]:
     """The function that `package.module:function` or `path/to/file.py:function` names.
 
     Raises:
         ConfigError: it is not there, or cannot be imported.
     """
-    where, colon, attribute = name.rpartition(":")
-    if not colon or not where or not attribute:
-        known = [MODEL, *VERIFIERS]
-        raise ConfigError(
-            f"{name!r} is no reward; known are {', '.join(known)}",
-            hint=did_you_mean(name, known) or "name a function of yours as module:function or file.py:function",
-        )
+    check_name(name)
+    where, _, attribute = name.rpartition(":")
     try:
         module = _from_file(where, folder) if where.endswith(".py") else importlib.import_module(where)
     except ConfigError:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lyceum.config import build
 from lyceum.errors import ConfigError
 from lyceum.stages.algorithms import KL_PLACES, PRESETS, OnPolicyConfig, resolve
 from lyceum.stages.grpo import GRPO, WITHOUT_CRITIC, GRPOConfig
@@ -110,24 +111,26 @@ def test_settings_replace_single_words_of_a_preset() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message", "hint"),
+    ("kind", "settings", "message", "hint"),
     [
-        (GRPOConfig(group_size=1), "group_size is 1", "group_size to 2 or more"),
-        (GRPOConfig(algorithm="rloo", minibatches=2), "right for the policy that sampled alone", "clipped"),
-        (PPOConfig(objective="reinforce"), "an iteration has 2 x 4 updates", "epochs = 1"),
-        (PPOConfig(top_p=0.9), "drawn from another distribution", "temperature is allowed"),
-        (GRPOConfig(top_k=40), "every ratio, and every KL, would be biased", "leave them out"),
-        (PPOConfig(prompts_per_iteration=3), "3 episodes an iteration cannot fill 4 minibatches", "raise"),
-        (PPOConfig(kl_beta=0.0, kl_target=6.0), "0 would stay 0", "kl_beta above 0"),
-        (PPOConfig(lora_rank=2, train_layers=1), "both say what is trained", "choose one"),
-        (PPOConfig(critic="shared", critic_warmup=1), "cannot learn alone", "critic_warmup = 0"),
-        (GRPOConfig(reward_pattern="("), "no regular expression", "re"),
+        (GRPOConfig, {"group_size": 1}, "group_size is 1", "group_size to 2 or more"),
+        (GRPOConfig, {"algorithm": "rloo", "minibatches": 2}, "right for the policy that sampled alone", "clipped"),
+        (PPOConfig, {"objective": "reinforce"}, "an iteration has 2 x 4 updates", "epochs = 1"),
+        (PPOConfig, {"top_p": 0.9}, "drawn from another distribution", "temperature is allowed"),
+        (GRPOConfig, {"top_k": 40}, "every ratio, and every KL, would be biased", "leave them out"),
+        (PPOConfig, {"prompts_per_iteration": 3}, "3 episodes an iteration cannot fill 4 minibatches", "raise"),
+        (PPOConfig, {"kl_beta": 0.0, "kl_target": 6.0}, "0 would stay 0", "kl_beta above 0"),
+        (PPOConfig, {"lora_rank": 2, "train_layers": 1}, "both say what is trained", "choose one"),
+        (PPOConfig, {"critic": "shared", "critic_warmup": 1}, "cannot learn alone", "critic_warmup = 0"),
+        (GRPOConfig, {"rewards": {"exact_answr": 1.0}}, "'exact_answr' is no reward", "exact_answer"),
+        (GRPOConfig, {"reward_pattern": "("}, "no regular expression", "re"),
     ],
 )
-def test_what_cannot_work_together_is_refused_when_the_stage_is_made(config: Any, message: str, hint: str) -> None:
-    make = PPO if isinstance(config, PPOConfig) else GRPO
+def test_what_cannot_work_together_is_refused_when_the_recipe_is_read(
+    kind: type, settings: dict[str, Any], message: str, hint: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        make(config)
+        build(kind, settings, "[here]")
     assert hint in caught.value.hint
 
 

@@ -30,7 +30,6 @@ from on_policy_toy import (
     language_loss,
     lines,
     pretrained,
-    reply_logprobs,
     share_of_the_optimum,
     small_policy,
     text_rows,
@@ -551,35 +550,34 @@ def test_policy_reaches_the_known_optimum_and_shuffled_rewards_teach_nothing(tmp
     assert control < 0.15 and far > 0.5
 
 
-def final_kl(folder: Path, seed: int, beta: float, target: float) -> float:
-    """KL(pi || pi_ref) in nats per reply, by enumeration, after training on `word_table`."""
+def kl_of_the_last_iterations(folder: Path, seed: int, beta: float, target: float) -> list[float]:
+    """KL in nats per reply, over the last forty of 120 iterations on `word_table`."""
     table = word_table(seed)
 
     def reward(prompts: Any, responses: Any, meta: Any) -> list[float | None]:
         return [float(table[m["word"], a, b]) for m, (a, b) in zip(meta, responses, strict=True)]
 
     config = ppo.PPOConfig(
-        iterations=40, prompts_per_iteration=96, epochs=2, minibatches=2, max_response_tokens=2, kl_beta=beta,
-        kl_target=target, kl_horizon=120, missing_end="keep", lr=4e-3, critic_lr=4e-3, warmup=0.0, log_every=1000,
+        iterations=120, prompts_per_iteration=96, epochs=2, minibatches=2, max_response_tokens=2, kl_beta=beta,
+        kl_target=target, kl_horizon=400, missing_end="keep", lr=4e-3, critic_lr=4e-3, warmup=0.0, log_every=4,
         save_every=0, engine_batch=96, micro_tokens=4096,
     )  # fmt: skip
     stage = Toy(config, reward, model=small_policy(seed), stop_ids=(), num_prompts=NUM_ASKED)
     train(stage, folder, seed)
-    reference, trained = reply_logprobs(stage.reference), reply_logprobs(stage.policy)
-    return float((trained.exp() * (trained - reference)).sum((1, 2)).mean())
+    return [line["objective/kl"] for line in lines(folder)[-40:]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_adaptive_coefficient_steers_the_kl_to_its_target_from_both_sides(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_adaptive_coefficient_settles_the_kl_at_its_target_from_both_sides(tmp_path: Path, seed: int) -> None:
     found = {
-        (beta, target): final_kl(tmp_path / f"{beta}-{target}", seed, beta, target)
+        (beta, target): float(np.mean(kl_of_the_last_iterations(tmp_path / f"{beta}-{target}", seed, beta, target)))
         for beta in (0.1, 5.0)
         for target in (0.0, 0.6)
     }
     print(f"seed {seed}: {found}")
     assert found[0.1, 0.0] > 1.2 and found[5.0, 0.0] < 0.2  # the controls, whose coefficient stays where it was
-    assert all(0.2 < found[beta, 0.6] < 1.2 for beta in (0.1, 5.0))  # it swings around the target
+    assert all(abs(found[beta, 0.6] - 0.6) < 0.12 for beta in (0.1, 5.0))  # within 20 %
 
 
 # ---------------------------------------------------------------- learning: the pretraining mix
