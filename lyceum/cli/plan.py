@@ -85,7 +85,8 @@ def needs(recipe: Recipe, steps: Sequence[river.Step], run: Path | None = None) 
         run: the run's folder; finished lessons in it say how many conversations there are.
     """
     by_name = {step.name: step for step in steps}
-    makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "preference": _preference, "ppo": _ppo}
+    makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "preference": _preference}
+    makers |= {"ppo": _on_policy, "grpo": _on_policy}
     return [makers[s.section.kind](recipe, s, by_name, run) for s in steps if s.section.kind in makers]
 
 
@@ -174,10 +175,11 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
     return Need(step.name, "preference", spec, *memory, tokens=tokens, steps=count, flops=flops)
 
 
-def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
+def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, _ = _spec(recipe, step, by_name)
     config, example = step.config, _example(spec)
-    terms = 3 if config.ptx_coef else 2
+    has_critic, has_judge = step.section.kind == "ppo", not config.rewards or "model" in config.rewards
+    terms = 2 + bool(config.ptx_coef)  # the policy's, and the critic's or the KL
     text_row = (
         by_name[step.inputs["pretrain"]].config.row_tokens if config.ptx_coef and "pretrain" in step.inputs else 0
     )
@@ -185,21 +187,25 @@ def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     def models(size: int) -> list[Memory]:
         both = {"num_terms": terms, "number_bytes": size, "ema": config.ema, "recompute": _recomputes(recipe)}
         policy = training_memory(spec, config.micro_tokens, matrix_lr=config.matrix_lr, loss="chosen", **both)
-        critic = training_memory(spec, config.micro_tokens, matrix_lr=config.critic_matrix_lr, loss="score", **both)
         engines = device.num_threads() if device.pick_device().type == "cpu" else 1  # side by side
-        at_once = min(config.engine_batch * engines, config.prompts_per_iteration)
-        cache = cache_memory(spec, at_once, spec.context_length)
-        return [policy, critic, frozen_memory(spec), frozen_memory(spec), cache]  # the reference and the reward model
+        cache = cache_memory(spec, min(config.engine_batch * engines, config.episodes), spec.context_length)
+        held = [policy, *[frozen_memory(spec)] * (1 + has_judge), cache]  # the reference and the reward model
+        if has_critic:
+            held.append(
+                training_memory(spec, config.micro_tokens, matrix_lr=config.critic_matrix_lr, loss="score", **both)
+            )
+        return held
 
     count = config.iterations * config.epochs * config.minibatches
-    episodes = config.iterations * config.prompts_per_iteration * example
-    episodes_a_step = config.prompts_per_iteration / config.minibatches
+    episodes = config.iterations * config.episodes * example
+    episodes_a_step = config.episodes / config.minibatches
     text = count * max(1, round(config.ptx_rows * episodes_a_step)) * text_row
     forward = spec.flops_per_token(example) / 3
-    # an episode is sampled, scored, read by policy, reference and critic; then policy and critic learn from it
-    flops = episodes * forward * (5 + 2 * 3 * config.epochs) + 3 * forward * text
+    # an episode is sampled, read by policy and reference, by judge and critic; then policy and critic learn from it
+    passes = 3 + has_judge + has_critic
+    flops = episodes * forward * (passes + (1 + has_critic) * 3 * config.epochs) + 3 * forward * text
     tokens = config.epochs * episodes + text
-    return Need(step.name, "ppo", spec, *_both(models), tokens=tokens, steps=count, flops=flops)
+    return Need(step.name, step.section.kind, spec, *_both(models), tokens=tokens, steps=count, flops=flops)
 
 
 def _recomputes(recipe: Recipe) -> bool:
@@ -295,7 +301,7 @@ def plan(
     found = needs(recipe, river.plan(recipe), Path(runs_dir) / recipe.name)
     if not found:
         raise ConfigError(
-            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference or ppo"
+            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference, ppo or grpo"
         )
     lines = [note for need in found for note in need.notes]
     lines += [

@@ -25,7 +25,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,14 @@ from lyceum.train.watch import watch_config
 
 @dataclass(frozen=True)
 class Input:
-    """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does."""
+    """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does.
+
+    needed: whether there must be one; or, of the section's settings, whether they ask for one.
+    """
 
     role: str
     kinds: tuple[str, ...]
-    needed: bool = True
+    needed: bool | Callable[[Any], bool] = True
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,15 @@ class Kind:
     every_rank: bool = False
 
 
-def _from(role: str, *kinds: str, needed: bool = True) -> Input:
+def _from(role: str, *kinds: str, needed: bool | Callable[[Any], bool] = True) -> Input:
     return Input(role, kinds or (role,), needed)
+
+
+ON_POLICY = (  # what a policy that learns from its own samples starts from, besides itself
+    _from("reward", needed=lambda config: not config.rewards or "model" in config.rewards),
+    _from("lessons"),
+    _from("pretrain", needed=lambda config: config.ptx_coef > 0),
+)
 
 
 KINDS: dict[str, Kind] = {
@@ -112,7 +122,7 @@ KINDS: dict[str, Kind] = {
         "draw answers and rank them",
         "lyceum.synth.rankings",
         "RankingsConfig",
-        (_from("policy", "sft", "preference", "ppo"), _from("lessons")),
+        (_from("policy", "sft", "preference", "ppo", "grpo"), _from("lessons")),
     ),
     "reward": Kind(
         "stage 3: learn to tell the better answer",
@@ -138,7 +148,14 @@ KINDS: dict[str, Kind] = {
         "stage 4: learn from the reward of its own answers",
         "lyceum.stages.ppo",
         "PPOConfig",
-        (_from("policy", "sft"), _from("reward"), _from("lessons"), _from("pretrain")),
+        (_from("policy", "sft"), *ON_POLICY),
+        every_rank=True,
+    ),
+    "grpo": Kind(
+        "learn from comparing its own answers, without a critic",
+        "lyceum.stages.grpo",
+        "GRPOConfig",
+        (_from("policy", "sft", "ppo", "grpo"), *ON_POLICY),
         every_rank=True,
     ),
     "eval": Kind(
@@ -156,7 +173,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 POLICY = "policy"  # the role that ``from = "name"`` chooses
-CAN_CHAT = ("ppo", "preference", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
+CAN_CHAT = ("ppo", "grpo", "preference", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
 REPORT = "lyceum.evals.report"
 
 # -------------------------------------------------------------------------------- the plan
@@ -219,7 +236,7 @@ def remembered(recipe: Recipe, path: Path) -> list[Step] | None:
     steps: list[Step] = []
     for section in recipe.sections:
         kind = KINDS[section.kind]
-        inputs = _find_inputs(section, kind, steps, _where(section, recipe))
+        inputs = _find_inputs(section, kind, None, steps, _where(section, recipe))  # it was valid when it was recorded
         steps.append(Step(section, kind, None, inputs, 0, manifest["keys"][section.name]))
     return steps
 
@@ -231,9 +248,9 @@ def _where(section: Section, recipe: Recipe) -> str:
 
 def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     kind, where = KINDS[section.kind], _where(section, recipe)
-    inputs = _find_inputs(section, kind, earlier, where)
     module = importlib.import_module(kind.module)
     config = build(getattr(module, kind.config), section.settings, where)
+    inputs = _find_inputs(section, kind, config, earlier, where)
     seed = int.from_bytes(hashlib.blake2b(f"{recipe.seed}/{section.name}".encode(), digest_size=4).digest(), "big")
     keys = {step.name: step.key for step in earlier}
     made_from = {
@@ -249,7 +266,7 @@ def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     return Step(section, kind, config, inputs, seed, key)
 
 
-def _find_inputs(section: Section, kind: Kind, earlier: Sequence[Step], where: str) -> dict[str, str]:
+def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[Step], where: str) -> dict[str, str]:
     """Role -> name of the nearest earlier section that can play it."""
     if section.source and POLICY not in {wanted.role for wanted in kind.inputs}:
         raise ConfigError(f"{where}: a {section.kind} section starts from no model", hint="leave out 'from'")
@@ -270,7 +287,7 @@ def _find_inputs(section: Section, kind: Kind, earlier: Sequence[Step], where: s
                 inputs[wanted.role] = section.source
         elif fitting:
             inputs[wanted.role] = fitting[-1]
-        elif wanted.needed:
+        elif wanted.needed is True or (config is not None and callable(wanted.needed) and wanted.needed(config)):
             raise ConfigError(
                 f"{where} needs an earlier section of kind {kinds}", hint=f"add [{wanted.kinds[0]}] before {where}"
             )

@@ -42,6 +42,12 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
 
+ON_POLICY = (
+    ("objective/scores", "reward"),
+    ("objective/kl", "KL from where it began, nats a reply"),
+    ("tokens/end_rate", "share of replies that end"),
+    ("tokens/response_length", "tokens a reply"),
+)
 # section kind -> curves to draw: (metric in metrics.jsonl, title)
 CURVES = {
     "pretrain": (
@@ -57,12 +63,8 @@ CURVES = {
         ("rewards/accuracies", "pairs in the ranked order"),
         ("logps/chosen", "log-probability of better"),
     ),
-    "ppo": (
-        ("objective/scores", "reward"),
-        ("objective/kl", "KL from SFT, nats a reply"),
-        ("tokens/end_rate", "share of replies that end"),
-        ("tokens/response_length", "tokens a reply"),
-    ),
+    "ppo": ON_POLICY,
+    "grpo": ON_POLICY,
 }
 
 

@@ -84,9 +84,16 @@ class LoraLinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A bare linear layer that does the same; nothing is shared with this one but the bias."""
+        return self._bare(nn.Parameter(_sum(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)))
+
+    def without_adapter(self) -> nn.Linear:
+        """The linear layer as it was before it was adapted: its very weight and bias."""
+        return self._bare(self.weight)
+
+    def _bare(self, weight: Tensor) -> nn.Linear:
         bare = skip_init(nn.Linear, self.in_features, self.out_features, bias=False, device="meta")
-        bare.weight = nn.Parameter(_sum(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale))
-        bare.bias = self.bias
+        assert isinstance(weight, nn.Parameter)
+        bare.weight, bare.bias = weight, self.bias
         return bare
 
 

@@ -37,7 +37,7 @@ def trained_policy(model: Decoder, config: TrainConfig, rank: int, alpha: float)
 def save_policy(
     stage: Stage[Any], folder: Path, name: str, *, adapters: bool = True, info: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes trained["model"] as the checkpoint folder/name; where it has adapters, merged, and them alone beside it.
+    """Writes what is saved as "checkpoint" as folder/name; where it has adapters, merged, and them alone beside it.
 
     Every rank of a sharded model must call it; rank 0 writes.
 
@@ -45,7 +45,8 @@ def save_policy(
         adapters: False leaves the adapters' own folder as it is.
         info: for lyceum.json; None takes the stage's.
     """
-    model = cast(Decoder, stage.trained["model"].module)
+    kept = next(trained for trained in stage.trained.values() if trained.save_as == "checkpoint")
+    model = cast(Decoder, kept.module)
     adapter = next((module for module in model.modules() if isinstance(module, LoraLinear)), None)
     if adapter is not None and adapters:
         save_adapters(folder / ADAPTER, model, stage.parent or "", gather=gathered)

@@ -1,7 +1,7 @@
-"""Rollouts: replies sampled from a policy, where their reward comes from, and the tensors that a policy update needs.
+"""Rollouts: replies sampled from a policy, and the tensors that a policy update needs.
 
-Why apart from `ppo.py`: every on-policy method samples, scores and re-computes log-probabilities in the same way, and
-peers' hardest bugs lie here (a sampler that is not the policy, padding counted as tokens, a score at the wrong index).
+Why apart: every on-policy method samples and re-computes log-probabilities in the same way, and peers' hardest bugs lie
+here (a sampler that is not the policy, padding counted as tokens, a score at the wrong index).
 
 Shapes: B episodes, T positions. The conventions are those of `lyceum.train.policy`: index t means "token t of the row".
 What it is not: it runs no training graph and updates nothing.
@@ -9,45 +9,29 @@ What it is not: it runs no training graph and updates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyceum import dist
 from lyceum.batches.pack import pad
+from lyceum.batches.pairs import Prompts
 from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.engine.sequence import Output
-from lyceum.errors import TrainingError, UsageError
+from lyceum.errors import DataError, TrainingError
 from lyceum.log import log
+from lyceum.model.transformer import Decoder
+from lyceum.stages.algorithms import Algorithm
+from lyceum.stages.rewards import Ids, last_turn
+from lyceum.tokens.chat import ChatFormat
+from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import policy as algebra
-
-Ids = Sequence[int]
-Score = float | None
-
-
-@runtime_checkable
-class RewardSource(Protocol):
-    """Where rewards come from: a reward model, a checker, a queue of people, any function."""
-
-    def score(self, prompts: Sequence[Ids], responses: Sequence[Ids], meta: Sequence[dict[str, Any]]) -> list[Score]:
-        """One number for each response, or None for one that cannot be scored (its episode is dropped and counted).
-
-        Args:
-            prompts: prompt ids, ending where the response begins.
-            responses: response ids, the stop token included where the response has one.
-            meta: what the prompt's record says about it.
-        """
-        ...
-
-
-def score_function(source: RewardSource | Callable[..., list[Score]]) -> Callable[..., list[Score]]:
-    """The scoring function of a reward source, which may be a plain function itself."""
-    return source.score if isinstance(source, RewardSource) else source
+from lyceum.train.advantages import ESTIMATORS
 
 
 @dataclass
@@ -55,7 +39,8 @@ class Rollout:
     """Episodes as right-padded rows; everything is 0 outside `mask_BT`, the tokens that the policy chose.
 
     tokens_BT: prompt and response, right-padded. lengths_B: real tokens of each row. number_B: the episode's number in
-    its iteration, over all ranks. ended_B: the response stopped by itself. score_B: after the missing-end rule.
+    its iteration, over all ranks. group_B: its prompt's. ended_B: the response stopped by itself. score_B: after the
+    missing-end rule. dense_BT: rewards of single tokens, in addition.
     sampled_BT: the sampler's log-probabilities; logp_old_BT: the training graph's; logp_ref_BT: the reference's.
     """
 
@@ -63,8 +48,10 @@ class Rollout:
     mask_BT: Tensor
     lengths_B: Tensor
     number_B: Tensor
+    group_B: Tensor
     ended_B: Tensor
     score_B: Tensor
+    dense_BT: Tensor
     sampled_BT: Tensor
     logp_old_BT: Tensor
     logp_ref_BT: Tensor
@@ -98,25 +85,34 @@ def make_rollout(
     numbers: Sequence[int],
     pad_id: int,
     device: torch.device,
+    *,
+    group_size: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> Rollout:
-    """Rows of prompt and reply with the sampler's log-probabilities; what the models say is filled in later."""
+    """Rows of prompt and reply with the sampler's log-probabilities; what the models say, in their `dtype`, comes later.
+
+    Episodes `n * group_size` up to `(n + 1) * group_size` are replies to one prompt.
+    """
     rows = [[*prompt, *output.ids] for prompt, output in zip(prompts, outputs, strict=True)]
     tokens_BT, lengths_B = pad(rows, pad_id) if rows else (torch.zeros(0, 1, dtype=torch.long), torch.zeros(0).long())
     starts_B = lengths_B - torch.tensor([len(output.ids) for output in outputs], dtype=torch.long)
     positions_T = torch.arange(tokens_BT.shape[1])
     mask_BT = (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
-    sampled_BT = torch.zeros(tokens_BT.shape)
-    sampled_BT[mask_BT] = torch.tensor([logprob for output in outputs for logprob in output.logprobs])
+    number_B = torch.tensor(list(numbers), dtype=torch.long)
+    sampled_BT = torch.zeros(tokens_BT.shape, dtype=dtype)
+    sampled_BT[mask_BT] = torch.tensor([logprob for output in outputs for logprob in output.logprobs], dtype=dtype)
     names = ("logp_old_BT", "logp_ref_BT", "entropy_BT", "value_old_BT", "advantage_BT", "return_BT")
     rollout = Rollout(
         tokens_BT,
         mask_BT,
         lengths_B,
-        torch.tensor(list(numbers), dtype=torch.long),
+        number_B,
+        number_B // group_size,
         torch.tensor([output.finish == "stop" for output in outputs], dtype=torch.bool),
-        torch.tensor(list(scores), dtype=torch.float32),
+        torch.tensor(list(scores), dtype=dtype),
+        torch.zeros(tokens_BT.shape, dtype=dtype),
         sampled_BT,
-        **{name: torch.zeros(tokens_BT.shape) for name in names},
+        **{name: torch.zeros(tokens_BT.shape, dtype=dtype) for name in names},
     )
     return Rollout(**{f.name: getattr(rollout, f.name).to(device) for f in fields(rollout)})
 
@@ -150,26 +146,40 @@ def sample_replies(
     return sides.generate(engine, prompts, params)
 
 
-def score_replies(
-    score: Callable[..., list[Score]], prompts: Sequence[Ids], outputs: Sequence[Output], meta: Sequence[dict[str, Any]]
-) -> list[Score]:
-    """What the reward source says of each reply.
+def greedy_answers(
+    model: Decoder, prompts: Sequence[Ids], tokenizer: Tokenizer, max_tokens: int, stop_ids: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """A model's greedy replies, as text, beside what was last said to it."""
+    params = SamplingParams(max_tokens, temperature=0.0, stop_ids=stop_ids)
+    outputs = Engine(model, max_batch=max(1, len(prompts))).generate(prompts, params)
+    chat = ChatFormat(tokenizer)
+    return [
+        {
+            "prompt": last_turn(tokenizer.decode(list(prompt), keep_special=True)),
+            "reply": chat.parse(output.ids).content,
+            "ended": output.finish == "stop",
+        }
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def fitting(prompts: Prompts, room: int) -> Prompts:
+    """The prompts that leave room for a reply; a prompt is never cut, and what is left out is counted and said.
 
     Raises:
-        UsageError: the source did not give one score for each reply, or gave one that is not finite.
+        DataError: there is none.
     """
-    scores = score(prompts, [output.ids for output in outputs], meta)
-    if len(scores) != len(outputs):
-        raise UsageError(
-            f"the reward source gave {len(scores)} scores for {len(outputs)} responses",
-            hint="return a list with one number, or None for what cannot be scored, for each response",
+    fits = [number for number, ids in enumerate(prompts.ids) if 0 < len(ids) <= room]
+    left_out = len(prompts.ids) - len(fits)
+    if not fits:
+        raise DataError(
+            f"no prompts to practise on: of {left_out} none has at most {room} tokens",
+            hint="check the prompts, and max_response_tokens against the context",
         )
-    for number, value in enumerate(scores):
-        if value is not None and not abs(float(value)) < float("inf"):
-            raise UsageError(
-                f"the reward source gave {value} for response {number}", hint="return None for what cannot be scored"
-            )
-    return scores
+    if left_out:
+        log.warning(f"{left_out} of {len(prompts.ids)} prompts leave no room for a reply and are left out")
+    kept = [prompts.ids[number] for number in fits], [prompts.meta[number] for number in fits]
+    return replace(prompts, ids=kept[0], meta=kept[1], num_too_long=prompts.num_too_long + left_out)
 
 
 # ---------------------------------------------------------------- checks at the start of a run
@@ -179,6 +189,17 @@ def largest_gap(one_BT: Tensor, other_BT: Tensor, mask_BT: Tensor) -> float:
     """The largest absolute difference on the mask; 0 where it is empty."""
     gap_BT = (one_BT - other_BT).detach().abs().masked_fill(~mask_BT, 0.0)
     return float(gap_BT.max()) if gap_BT.numel() else 0.0
+
+
+def check_unbiased(outputs: Sequence[Output]) -> None:
+    """Raises TrainingError if replies were not drawn from the distribution whose log-probabilities came with them."""
+    num_biased = sum(output.is_biased or output.num_forced > 0 for output in outputs)
+    if num_biased:
+        raise TrainingError(
+            f"{num_biased} of {len(outputs)} replies were drawn with top-k, top-p, greedily or with given tokens: a policy "
+            "gradient is an average over the policy's own samples, and these are another's",
+            hint="sample at a temperature above 0 without filters; the temperature itself is corrected for",
+        )
 
 
 def check_sampler(rollout: Rollout, tolerance: float) -> None:
@@ -223,35 +244,45 @@ def global_moments(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return sums
 
 
-def estimate(rollout: Rollout, beta: float, gamma: float, lam: float, *, whiten_rewards: bool = False) -> Tensor:
-    """Fills in returns and advantages, whitened over the whole iteration and all ranks; gives back kl_BT (k1).
+def estimate(
+    rollout: Rollout, algorithm: Algorithm, beta: float, gamma: float, lam: float, *, whiten_rewards: bool = False
+) -> Tensor:
+    """Fills in returns and advantages as the algorithm says; gives back kl_BT (k1).
 
-    Source: Ouyang et al. 2022, eq. 2; checklist items 15, 16, 19, 22, 23.
+    Whitening, where there is any, is over the whole iteration and all ranks. Source: Ouyang et al. 2022, eq. 2;
+    checklist items 15, 16, 19, 22, 23.
     """
     mask_BT = rollout.mask_BT
     kl_BT = algebra.kl_estimate(rollout.logp_old_BT, rollout.logp_ref_BT, "k1")
-    reward_BT = algebra.token_rewards(kl_BT, mask_BT, rollout.score_B, beta)
+    penalty = beta if algorithm.kl == "reward" else 0.0
+    reward_BT = algebra.token_rewards(kl_BT, mask_BT, rollout.score_B, penalty) + rollout.dense_BT
     if whiten_rewards:
         reward_BT = algebra.masked_whiten(reward_BT, mask_BT, global_moments(reward_BT, mask_BT), shift_mean=False)
-    advantage_BT, rollout.return_BT = algebra.gae(reward_BT, rollout.value_old_BT, mask_BT, gamma, lam)
-    rollout.advantage_BT = algebra.masked_whiten(advantage_BT, mask_BT, global_moments(advantage_BT, mask_BT))
+    advantage_BT, rollout.return_BT = ESTIMATORS[algorithm.advantage](
+        reward_BT, rollout.value_old_BT, mask_BT, rollout.group_B, gamma, lam
+    )
+    if algorithm.whitens:
+        advantage_BT = algebra.masked_whiten(advantage_BT, mask_BT, global_moments(advantage_BT, mask_BT))
+    rollout.advantage_BT = advantage_BT
     return kl_BT
 
 
-def figures(rollout: Rollout, kl_BT: Tensor, beta: float, num_dropped: int) -> dict[str, float]:
+def figures(
+    rollout: Rollout, kl_BT: Tensor, beta: float, counted: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """What an iteration's episodes look like, over all ranks, masked, under the field's names (checklist 2.7).
 
-    KL and entropy are sums over a response's tokens, in nats, averaged over episodes. Warns when the KL is negative by
-    more than chance allows.
+    KL and entropy are sums over a response's tokens, in nats, averaged over episodes. `counted` is what else this rank
+    has counted; it is summed over ranks. Warns when the KL is negative by more than chance allows.
     """
     mask_BT, score_B = rollout.mask_BT, rollout.score_B.double()
     kl_B = kl_BT.double().masked_fill(~mask_BT, 0.0).sum(1)
     gap_BT = (rollout.sampled_BT - rollout.logp_old_BT).abs()
+    counted = dict(counted or {})
     total = dist.sum_numbers(
         {
             "episodes": float(len(score_B)),
             "tokens": float(rollout.num_tokens),
-            "dropped": float(num_dropped),
             "kl": float(kl_B.sum()),
             "kl_square": float(kl_B.square().sum()),
             "entropy": float(algebra.masked_sum(rollout.entropy_BT, mask_BT)),
@@ -259,10 +290,9 @@ def figures(rollout: Rollout, kl_BT: Tensor, beta: float, num_dropped: int) -> d
             "score_square": float(score_B.square().sum()),
             "ended": float(rollout.ended_B.sum()),
             "gap": float(algebra.masked_sum(gap_BT, mask_BT)),
+            **counted,
         }
     )
-    residual = global_moments(rollout.return_BT - rollout.value_old_BT, mask_BT)
-    explained = algebra.explained_variance(residual, global_moments(rollout.return_BT, mask_BT))
     n, tokens = max(total["episodes"], 1.0), max(total["tokens"], 1.0)
     kl, score = total["kl"] / n, total["score"] / n
     kl_error = (max(total["kl_square"] / n - kl * kl, 0.0) / n) ** 0.5
@@ -280,9 +310,14 @@ def figures(rollout: Rollout, kl_BT: Tensor, beta: float, num_dropped: int) -> d
         "objective/scores_std": max(total["score_square"] / n - score * score, 0.0) ** 0.5,
         "objective/non_score_reward": -beta * kl,
         "objective/rlhf_reward": score - beta * kl,
-        "val/var_explained": explained,
         "tokens/response_length": total["tokens"] / n,
         "tokens/end_rate": total["ended"] / n,
-        "rollout/unscorable": total["dropped"],
         "rollout/logprob_gap": total["gap"] / tokens,
+        **{name: total[name] for name in counted},
     }
+
+
+def explained_variance(rollout: Rollout) -> float:
+    """How much of the returns' variance the critic knew before the update, over all ranks."""
+    residual = global_moments(rollout.return_BT - rollout.value_old_BT, rollout.mask_BT)
+    return algebra.explained_variance(residual, global_moments(rollout.return_BT, rollout.mask_BT))

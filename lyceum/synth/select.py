@@ -31,7 +31,7 @@ from lyceum.log import log, progress
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.run import Work, checkpoint_in
 from lyceum.stages.reward import RewardModel
-from lyceum.stages.rollouts import RewardSource, Score, score_function, score_replies
+from lyceum.stages.rewards import RewardSource, Score, checked, score_function
 from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
@@ -138,7 +138,7 @@ def select(
     flat = [output for answers in outputs for output in answers]
     prompts = [prompt for _, prompt in asked for _ in range(n)]
     meta = [conversation.meta for conversation, _ in asked for _ in range(n)]
-    scored = score_replies(score_function(reward), prompts, flat, meta)
+    scored = checked(score_function(reward)(prompts, [output.ids for output in flat], meta), len(flat))
     by_prompt = [scored[first : first + n] for first in range(0, len(scored), n)]
     chance = random.Random(f"{seed} select")
     chosen = choose(outputs, by_prompt, config.keep, chance)

@@ -2,7 +2,8 @@
 
 Why: what differs between these methods is small (where the scalar comes from, how it becomes a weight per token, which
 surrogate is used), and every mistake peers made here was a mask, an index or a mean. So each step is one function over
-tensors with an explicit mask, and each has a known-answer test in `tests/train/test_policy.py`.
+tensors with an explicit mask, and each has a known-answer test in `tests/train/test_policy.py`. Advantages and objectives,
+in which the methods differ, stand in `lyceum.train.advantages` and `lyceum.train.objectives`.
 
 Conventions, the same everywhere in the house:
 
@@ -215,86 +216,6 @@ def token_rewards(kl_BT: Tensor, mask_BT: Tensor, score_B: Tensor, beta: float) 
     """
     reward_BT = (-beta * kl_BT).masked_fill(~mask_BT.bool(), 0.0)
     return reward_BT.scatter_add(1, last_index(mask_BT).unsqueeze(1), score_B.to(reward_BT.dtype).unsqueeze(1))
-
-
-# ---------------------------------------------------------------- advantages
-
-
-def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the chosen tokens of each row.
-
-    delta_t = r_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  return_t = A_t + V_t, where "next" is the
-    next chosen token and everything past the last one is 0.
-
-    Args:
-        reward_BT, value_BT, mask_BT: see the module's conventions.
-        gamma: discount. lam: trace decay.
-
-    Returns:
-        advantage_BT (not whitened) and return_BT, both 0 outside the mask.
-
-    Source: Schulman et al. 2016, eq. 11 to 16; checklist items 21 and 22.
-    """
-    num_rows, num_positions = reward_BT.shape
-    chosen_BT = mask_BT.bool()
-    advantage_BT = torch.zeros_like(reward_BT)
-    next_advantage_B = reward_BT.new_zeros(num_rows)
-    next_value_B = reward_BT.new_zeros(num_rows)
-    for t in reversed(range(num_positions)):
-        here_B = chosen_BT[:, t]
-        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
-        next_advantage_B = torch.where(here_B, delta_B + gamma * lam * next_advantage_B, next_advantage_B)
-        next_value_B = torch.where(here_B, value_BT[:, t], next_value_B)
-        advantage_BT[:, t] = torch.where(here_B, next_advantage_B, 0.0)
-    return advantage_BT, (advantage_BT + value_BT).masked_fill(~chosen_BT, 0.0)
-
-
-# ---------------------------------------------------------------- objectives
-
-
-def clipped_policy_loss(
-    logp_BT: Tensor, logp_old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, clip: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) per token, ratio = exp(logp - logp_old).
-
-    Returns:
-        loss_BT (0 outside the mask, not averaged) and per-token statistics without gradient, 0 outside the mask:
-        ratio, approxkl = (logp - logp_old)^2 / 2, clipfrac (1 where the clipped branch decides).
-
-    Source: Schulman et al. 2017, eq. 7; checklist item 25.
-    """
-    outside = ~mask_BT.bool()
-    change_BT = (logp_BT - logp_old_BT).masked_fill(outside, 0.0)
-    ratio_BT = change_BT.exp()
-    plain_BT = -advantage_BT * ratio_BT
-    clipped_BT = -advantage_BT * ratio_BT.clamp(1 - clip, 1 + clip)
-    loss_BT = torch.maximum(plain_BT, clipped_BT).masked_fill(outside, 0.0)
-    with torch.no_grad():
-        stats = {
-            "ratio": ratio_BT.masked_fill(outside, 0.0),
-            "approxkl": 0.5 * change_BT.square(),
-            "clipfrac": (clipped_BT > plain_BT).to(loss_BT.dtype).masked_fill(outside, 0.0),
-        }
-    return loss_BT, stats
-
-
-def clipped_value_loss(
-    value_BT: Tensor, value_old_BT: Tensor, return_BT: Tensor, mask_BT: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2 per token.
-
-    Returns:
-        loss_BT (not averaged) and clipfrac_BT (1 where the clipped branch decides); both 0 outside the mask.
-
-    Source: Ziegler et al. 2019 (lm-human-preferences); checklist item 24.
-    """
-    outside = ~mask_BT.bool()
-    clipped_BT = value_BT.clamp(value_old_BT - clip, value_old_BT + clip)  # exactly the value itself inside the range
-    plain_error_BT = (value_BT - return_BT).square()
-    clipped_error_BT = (clipped_BT - return_BT).square()
-    loss_BT = (0.5 * torch.maximum(plain_error_BT, clipped_error_BT)).masked_fill(outside, 0.0)
-    clipfrac_BT = (clipped_error_BT > plain_error_BT).to(loss_BT.dtype).masked_fill(outside, 0.0)
-    return loss_BT, clipfrac_BT.detach()
 
 
 @dataclass

@@ -40,6 +40,22 @@ def test_the_demos_plan_by_hand() -> None:
     assert found["ppo"].memory["cache"] > 0 and total(found["reward"].gpu_memory) < total(found["reward"].memory)
 
 
+def test_without_a_critic_and_with_rewards_by_rule_less_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    text = (RECIPES / "demo.toml").read_text().split("[rankings]")[0]
+    path.write_text(
+        text + "[grpo]\nrewards = { arithmetic = 1.0 }\n[grpo.judged]\nrewards = { model = 0.5, format = 1 }\n"
+    )
+    with pytest.raises(ConfigError, match=r"\[grpo.judged\] in .* needs an earlier section of kind reward"):
+        river.plan(load_recipe(path))
+    path.write_text(text + "[grpo]\nrewards = { arithmetic = 1.0 }\n")
+    recipe = load_recipe(path)
+    found = {need.name: need for need in plan.needs(recipe, river.plan(recipe))}
+    # 80 iterations of 8 prompts with 8 replies each, one update an iteration
+    assert (found["grpo"].steps, found["grpo"].tokens) == (80, 80 * 8 * 8 * 48)
+    assert found["grpo"].memory["weights"] == 2 * found["pretrain"].memory["weights"]  # the policy and the reference
+
+
 def test_finished_lessons_say_how_long_fine_tuning_is(tmp_path: Path) -> None:
     (tmp_path / "lessons").mkdir()
     (tmp_path / "lessons" / "train.jsonl").write_text("{}\n" * 1000)

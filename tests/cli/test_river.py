@@ -138,6 +138,16 @@ def test_an_optional_input_may_be_missing(garden: Any, monkeypatch: pytest.Monke
     assert list(garden.works["tree"].inputs) == ["policy"]
 
 
+def test_what_is_needed_may_depend_on_the_settings(garden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    soil = river.Input("soil", ("soil",), lambda config: config.size > 1)
+    monkeypatch.setitem(river.KINDS, "shoot", river.Kind("sow", "made_up.shoot", "Config", (soil,)))
+    garden.recipe.write_text("name = 'garden'\n[shoot]\nsize = 1\n")
+    assert garden.run() == ["shoot"]
+    garden.recipe.write_text("name = 'garden'\n[shoot]\nsize = 2\n")
+    with pytest.raises(ConfigError, match="needs an earlier section of kind soil"):
+        garden.run()
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [

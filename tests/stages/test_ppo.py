@@ -5,13 +5,9 @@ Run as a script, `python test_ppo.py FOLDER` under torchrun's environment, it is
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,107 +16,47 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from on_policy_toy import (
+    MARK,
+    NUM_ASKED,
+    SMALL,
+    SPEC,
+    STOP,
+    Score,
+    Toy,
+    begun,
+    count_word,
+    in_two_ranks,
+    language_loss,
+    lines,
+    pretrained,
+    share_of_the_optimum,
+    small_policy,
+    text_rows,
+    train,
+    weights,
+    widened,
+    word_table,
+    work_in,
+)
 
-import lyceum
 from lyceum import dist
 from lyceum.batches.pack import TokenBatch
 from lyceum.batches.pairs import Prompts
 from lyceum.batches.shards import write_shards
-from lyceum.config import Recipe
 from lyceum.corpus.records import Conversation, Document, Message, write_records
 from lyceum.engine.sequence import Output
 from lyceum.errors import CheckpointError, DataError, RunError, TrainingError, UsageError
-from lyceum.log import read_metrics
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.heads import ScoreModel
-from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
-from lyceum.run import StageFolder, Work
-from lyceum.stages import ppo, rollouts
+from lyceum.run import Work
+from lyceum.stages import onpolicy, ppo, rollouts
+from lyceum.stages.algorithms import PRESETS
+from lyceum.stages.onpolicy import COUNTED
 from lyceum.stages.reward import RewardModel
 from lyceum.stages.rollouts import Rollout
 from lyceum.tokens.tokenizer import Tokenizer
-from lyceum.train.loop import TIMINGS, run_stage
-from lyceum.train.losses import next_token_loss
-
-SPEC = ModelSpec(14, 1, 32, 2, 2, 16, 64, 32, tied=False)
-NUM_WORDS, MARK, STOP = 12, 12, 0  # tokens 0 ... 11 are words; a prompt is the mark and a word
-SMALL = ppo.PPOConfig(
-    iterations=2, prompts_per_iteration=12, epochs=2, minibatches=2, max_response_tokens=6, lr=2e-3, critic_lr=3e-3,
-    warmup=0.0, engine_batch=12, save_every=1,
-)  # fmt: skip
-
-Score = Callable[..., list[float | None]]
-
-
-def small_policy(seed: int = 0) -> Decoder:
-    model = Decoder(SPEC, torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # a reference that prefers something
-        model.output_weight.mul_(8)
-        model.model.embed_tokens.weight.mul_(10)
-    return model
-
-
-def text_rows(start: int, count: int) -> TokenBatch:
-    """Rows of a language: the next word is 3 w + 1 mod 12, nine times in ten."""
-    rows = []
-    for k in range(start, start + count):
-        rng = np.random.default_rng([77, k])
-        row = [int(rng.integers(NUM_WORDS))]
-        while len(row) < 17:
-            row.append((3 * row[-1] + 1) % NUM_WORDS if rng.random() < 0.9 else int(rng.integers(NUM_WORDS)))
-        rows.append(row)
-    weights = torch.ones(count, 17)
-    weights[:, 0] = 0
-    return TokenBatch(torch.tensor(rows), weights, torch.full((count,), 17))
-
-
-def count_word(prompts: Sequence[Any], responses: Sequence[Sequence[int]], meta: Sequence[Any]) -> list[float | None]:
-    return [sum(token == 5 for token in response) / 4 for response in responses]
-
-
-class Toy(ppo.PPO):
-    """PPO in memory: a small policy, twelve prompts, a function as reward."""
-
-    def __init__(
-        self, config: ppo.PPOConfig, reward: Score = count_word, *, model: Decoder | None = None, text: Any = None,
-        stop_ids: tuple[int, ...] = (STOP,), num_prompts: int = NUM_WORDS,
-    ) -> None:  # fmt: skip
-        super().__init__(config, reward)
-        self.model, self.given_text, self.stops = model or small_policy(), text, stop_ids
-        self.num_prompts = num_prompts
-
-    def start(self, work: Work) -> None:
-        words = range(self.num_prompts)
-        prompts = Prompts([[MARK, word] for word in words], [{"word": word} for word in words])
-        model = copy.deepcopy(self.model)
-        self.begin(model, prompts, seed=work.seed, text=self.given_text, stop_ids=self.stops, pad_id=13)
-
-    def save(self, folder: Path, snapshot: str = "") -> None:
-        return None
-
-
-def work_in(folder: Path, seed: int = 0, inputs: dict[str, Path] | None = None) -> Work:
-    return Work(StageFolder(folder), inputs or {}, seed, Recipe("test", seed, {}, (), folder / "recipe.toml"))
-
-
-def train(stage: ppo.PPO, folder: Path, seed: int = 0) -> dict[str, Any]:
-    return run_stage(stage, work_in(folder, seed))
-
-
-def begun(config: ppo.PPOConfig = SMALL, **given: Any) -> Toy:
-    stage = Toy(config, **given)
-    stage.start(work_in(Path("unused")))
-    return stage
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def weights(stage: ppo.PPO) -> list[torch.Tensor]:
-    return [p.detach().clone() for trained in stage.trained.values() for p in trained.module.parameters()]
-
 
 # ---------------------------------------------------------------- rollouts
 
@@ -136,7 +72,7 @@ def test_score_stands_on_the_end_token_on_the_last_token_without_one_and_on_an_e
     rollout = replies(([4, 5, STOP], "stop"), ([4, 5, 6, 7], "length"), ([STOP], "stop"))
     assert rollout.tokens_BT.tolist() == [[9, 9, 4, 5, 0, 13], [9, 9, 4, 5, 6, 7], [9, 9, 0, 13, 13, 13]]
     assert rollout.ended_B.tolist() == [True, False, True]
-    rollouts.estimate(rollout, beta=0.0, gamma=0.5, lam=1.0)
+    rollouts.estimate(rollout, PRESETS["ppo"], beta=0.0, gamma=0.5, lam=1.0)
     # with V = 0, gamma 1/2 and lambda 1 the return is the score, halved once for every token that still follows
     expected = [[0, 0, 0.25, 0.5, 1, 0], [0, 0, 0.25, 0.5, 1, 2], [0, 0, 3, 0, 0, 0]]
     torch.testing.assert_close(rollout.return_BT, torch.tensor(expected, dtype=torch.float32))
@@ -216,14 +152,6 @@ def test_all_metrics_of_the_field_are_logged_under_their_names(tmp_path: Path) -
         assert 0 < line["policy/entropy"] < np.log(14) and line["grad_norm/ptx"] > 0
 
 
-def widened(part: Rollout, columns: int) -> Rollout:
-    def pad(value: torch.Tensor) -> torch.Tensor:
-        fill = 13 if value.dtype == torch.long else 0
-        return F.pad(value, (0, columns), value=fill) if value.dim() == 2 else value
-
-    return Rollout(**{name: pad(value) for name, value in vars(part).items()})
-
-
 def test_padding_changes_no_loss_no_metric_and_no_estimate() -> None:
     stage = begun()
     rollout, _ = stage.collect()
@@ -231,8 +159,10 @@ def test_padding_changes_no_loss_no_metric_and_no_estimate() -> None:
     for name in ("logp_old_BT", "logp_ref_BT", "value_old_BT", "advantage_BT", "return_BT", "entropy_BT"):
         setattr(wide, name, torch.zeros(wide.tokens_BT.shape))
     stage.fill_in(wide)
-    kl_BT = rollouts.estimate(wide, 0.05, 1.0, 0.95)
-    assert rollouts.figures(wide, kl_BT, 0.05, 0) == pytest.approx(stage.figures, abs=1e-5)
+    stage.figures, first = {}, stage.figures
+    kl_BT = rollouts.estimate(wide, stage.algorithm, 0.05, 1.0, 0.95)
+    stage.note(wide, kl_BT, dict.fromkeys(COUNTED, 0.0))
+    assert stage.figures == pytest.approx(first, abs=1e-5)
     stage.is_proven = True
     with torch.no_grad():  # away from ratio 1
         stage.policy.output_weight.mul_(1.5)
@@ -295,13 +225,117 @@ def test_ptx_with_weight_zero_is_ppo_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(one, two)
 
 
+def test_kl_as_a_loss_is_a_term_beside_rewards_without_it(tmp_path: Path) -> None:
+    train(Toy(replace(SMALL, kl="k2", kl_beta=0.3)), tmp_path)
+    first, *_, last = lines(tmp_path)
+    assert first["loss/kl"] == pytest.approx(0, abs=1e-9) and first["grad_norm/kl"] == pytest.approx(0, abs=1e-6)
+    assert last["loss/kl"] > 0 and last["grad_norm/kl"] > 0
+    stage = begun(replace(SMALL, kl="k2", kl_beta=5.0))
+    with torch.no_grad():
+        stage.policy.output_weight.mul_(1.2)
+    stage.iteration = 1  # not the first: the policy may differ from the reference
+    rollout, _ = stage.collect()
+    assert stage.figures["objective/kl"] > 1e-3
+    per_row = stage.critic(rollout.tokens_BT).abs().sum()  # a critic of zeros: returns are rewards to come
+    assert per_row == 0
+    to_come = rollout.return_BT[torch.arange(12), rollout.lengths_B - 1]
+    torch.testing.assert_close(to_come, rollout.score_B)  # no KL was taken off
+
+
+def gradients(stage: Toy, term: str, weights_of: torch.nn.Module) -> torch.Tensor:
+    stage.is_proven = True
+    rollout, _ = stage.collect()
+    terms, _ = stage.loss(rollout)
+    found = torch.autograd.grad(terms[term].total, list(weights_of.parameters()), allow_unused=True)
+    return torch.cat([torch.zeros(1) if g is None else g.flatten() for g in found])
+
+
+def test_a_shared_critic_is_a_head_on_the_policy_and_its_loss_moves_the_trunk(tmp_path: Path) -> None:
+    own, shared = begun(SMALL), begun(replace(SMALL, critic="shared"))
+    assert isinstance(shared.critic, torch.nn.Linear) and shared.critic.weight.shape == (1, 32)
+    with torch.no_grad():  # away from zero, where the trunk's gradient is zero too
+        shared.critic.weight.fill_(0.1)
+    assert gradients(own, "value", own.policy).abs().max() == 0
+    assert gradients(shared, "value", shared.policy).abs().max() > 0
+    assert gradients(shared, "value", shared.critic).abs().max() > 0
+    rollout, _ = shared.collect()
+    with torch.no_grad():
+        hidden = shared.policy(rollout.tokens_BT)
+    t = int(rollout.lengths_B[0]) - 1
+    expected = 0.1 * float(hidden[0, t - 1].sum())
+    assert float(rollout.value_old_BT[0, t]) == pytest.approx(expected, rel=1e-4)
+    train(Toy(replace(SMALL, critic="shared", vf_coef=0.1)), tmp_path)
+    assert lines(tmp_path)[-1]["loss/value"] < lines(tmp_path)[0]["loss/value"]
+
+
+def test_the_critic_can_learn_alone_at_first(tmp_path: Path) -> None:
+    stage = Toy(replace(SMALL, critic_warmup=2, ptx_coef=0.1), text=text_rows)
+    train(stage, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(stage.policy.parameters(), stage.model.parameters(), strict=True))
+    assert stage.critic.score.weight.abs().max() > 0  # it began as zeros
+    stage = Toy(replace(SMALL, critic_warmup=1))
+    train(stage, tmp_path / "one")
+    assert not torch.equal(stage.policy.output_weight, stage.model.output_weight)  # the control
+
+
+def test_scores_are_clipped_where_asked() -> None:
+    scores = [float(i - 6) for i in range(12)]
+    stage = begun(replace(SMALL, score_clip=2.0, missing_end="keep"), reward=lambda p, r, m: list(scores))
+    rollout, _ = stage.collect()
+    assert rollout.score_B.tolist() == [min(max(score, -2.0), 2.0) for score in scores]
+
+
+def five_is_good(prompts: Any, responses: Sequence[Sequence[int]], meta: Any) -> list[list[float]]:
+    return [[float(token == 5) for token in response] for response in responses]
+
+
+def test_dense_rewards_stand_on_their_tokens_beside_the_score_and_fade() -> None:
+    stage = begun(replace(SMALL, dense_coef=0.5, dense_decay=0.1, gamma=0.0, kl_beta=0.0, missing_end="keep"))
+    stage.dense = five_is_good
+    for weight in (0.5, 0.05):  # with gamma 0 the return of a token is its own reward
+        rollout, _ = stage.collect()
+        expected = weight * ((rollout.tokens_BT == 5) & rollout.mask_BT)
+        assert expected.sum() > 0
+        fives = expected.sum() / 12
+        expected[torch.arange(12), rollout.lengths_B - 1] += rollout.score_B
+        torch.testing.assert_close(rollout.return_BT, expected)
+        assert stage.figures["objective/dense_reward"] == pytest.approx(float(fives), rel=1e-5)
+        stage.iteration += 1
+    stage.dense = lambda p, r, m: [[1.0]] * len(r)
+    with pytest.raises(UsageError, match="one finite number for each token"):
+        stage.collect()
+
+
+def test_a_dense_reward_alone_is_learned_from_and_without_it_nothing_is(tmp_path: Path) -> None:
+    config = replace(SMALL, iterations=12, prompts_per_iteration=48, missing_end="keep", lr=4e-3)
+    shares = {}
+    for name, dense in (("dense", five_is_good), ("none", None)):
+        stage = Toy(config, lambda p, r, m: [0.0] * len(r))
+        stage.dense = dense
+        train(stage, tmp_path / name)
+        rollout, _ = stage.collect()
+        shares[name] = float(((rollout.tokens_BT == 5) & rollout.mask_BT).sum() / rollout.mask_BT.sum())
+    assert shares["dense"] > shares["none"] + 0.2
+
+
 # ---------------------------------------------------------------- refusals
+
+
+def test_biased_replies_are_refused_whoever_draws_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = begun()
+    sample = rollouts.sample_replies
+    monkeypatch.setattr(
+        onpolicy, "sample_replies", lambda *a, **k: [replace(output, is_biased=True) for output in sample(*a, **k)]
+    )
+    with pytest.raises(TrainingError, match="drawn with top-k, top-p, greedily") as caught:
+        stage.collect()
+    assert "without filters" in caught.value.hint
 
 
 def test_sampler_that_is_not_the_policy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = begun()
     sample = rollouts.sample_replies
-    monkeypatch.setattr(ppo, "sample_replies", lambda *a, temperature, **k: sample(*a, temperature=0.7, **k))
+    monkeypatch.setattr(onpolicy, "sample_replies", lambda *a, temperature, **k: sample(*a, temperature=0.7, **k))
     with pytest.raises(TrainingError, match="sampler and the training graph disagree") as caught:
         stage.collect()
     assert "temperature" in caught.value.hint
@@ -334,12 +368,51 @@ def test_unscorable_replies_are_dropped_and_counted(tmp_path: Path) -> None:
     assert all(line["rollout/unscorable"] == 3 for line in lines(tmp_path))
 
 
+def test_empty_replies_are_dropped_counted_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, seen = rollouts.sample_replies, []
+
+    def some_empty(*given: Any, **named: Any) -> list[Output]:
+        drawn = sample(*given, **named)
+        return [replace(o, ids=[], logprobs=[]) if i < 2 else o for i, o in enumerate(drawn)]
+
+    def reward(prompts: Any, responses: Any, meta: Any) -> list[float | None]:
+        seen.extend(map(len, responses))
+        return count_word(prompts, responses, meta)
+
+    monkeypatch.setattr(onpolicy, "sample_replies", some_empty)
+    report = train(Toy(SMALL, reward), tmp_path)
+    assert all(line["rollout/empty"] == 2 and line["rollout/unscorable"] == 0 for line in lines(tmp_path))
+    assert len(seen) == 20 and min(seen) > 0 and report["left_out"] == {"unscorable": 0, "empty": 4}
+
+
+def test_a_reply_that_is_nothing_but_its_end_is_an_episode_like_any_other() -> None:
+    stage = begun(replace(SMALL, prompts_per_iteration=96))
+    rollout, _ = stage.collect()
+    only_end = (rollout.mask_BT.sum(1) == 1) & rollout.ended_B
+    assert only_end.any() and len(rollout.score_B) == 96
+    last = rollout.lengths_B[only_end] - 1
+    assert (rollout.tokens_BT[only_end, last] == STOP).all()
+    assert (rollout.score_B[only_end] == 0).all()  # scored, not replaced: it did end
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_counted_never_cut() -> None:
+    stage = Toy(SMALL)
+    long, short = Prompts([[MARK] * 27], [{"word": 0}]), Prompts([[MARK, 1], [MARK] * 26], [{"word": 1}, {"word": 2}])
+    both = Prompts(long.ids + short.ids, long.meta + short.meta, num_too_long=2)
+    stage.begin(small_policy(), both, seed=0, stop_ids=(STOP,), pad_id=13)  # the context has 32 tokens, a reply 6
+    assert stage.prompts == replace(short, num_too_long=3)
+    with pytest.raises(DataError, match="no prompts to practise on: of 1 none has at most 26 tokens"):
+        stage.begin(small_policy(), long, seed=0, stop_ids=(STOP,), pad_id=13)
+
+
 @pytest.mark.parametrize(
     ("reward", "error", "message"),
     [
         (lambda p, r, m: [None] * len(r), TrainingError, "0 of 12 replies could be scored"),
         (lambda p, r, m: [1.0], UsageError, "1 scores for 12 responses"),
-        (lambda p, r, m: [float("nan")] * len(r), UsageError, "gave nan for response 0"),
+        (lambda p, r, m: [float("nan")] * len(r), TrainingError, "0 of 12 replies could be scored"),
+        (lambda p, r, m: [float("inf")] * len(r), UsageError, "gave inf for response 0"),
+        (lambda p, r, m: ["good"] * len(r), UsageError, "gave 'good' for response 0"),
     ],
 )
 def test_reward_that_is_no_reward_is_refused(
@@ -377,30 +450,20 @@ def test_killed_and_resumed_run_equals_the_straight_run_bit_for_bit(tmp_path: Pa
         assert torch.equal(one, two)
 
 
-def two_rank_config() -> ppo.PPOConfig:
-    return replace(SMALL, prompts_per_iteration=9, ptx_coef=0.2, ptx_rows=0.5, micro_tokens=40)
+CRITICS = ("own", "shared")
 
 
-def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lyceum.__file__).parents[1]), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    command = [sys.executable, __file__, str(tmp_path / "two")]
-    with open(tmp_path / "said", "w") as said:
-        ranks = [subprocess.Popen(command, env={**env, "RANK": rank}, stdout=said, stderr=said) for rank in "01"]
-        try:
-            codes = [process.wait(timeout=100) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-    assert codes == [0, 0], (tmp_path / "said").read_text()
-    train(Toy(two_rank_config(), text=text_rows), tmp_path / "one")
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert one == pytest.approx(two, abs=1e-3)
+def two_rank_stage(critic: str) -> Toy:
+    config = replace(SMALL, prompts_per_iteration=9, ptx_coef=0.2, ptx_rows=0.5, micro_tokens=40, critic=critic)
+    return Toy(config, text=text_rows, model=small_policy().double())
+
+
+def test_two_ranks_train_as_one_does_with_either_critic(tmp_path: Path) -> None:
+    in_two_ranks(__file__, str(tmp_path / "two"))
+    for critic in CRITICS:
+        train(two_rank_stage(critic), tmp_path / "one" / critic)
+        for one, two in zip(lines(tmp_path / "one" / critic), lines(tmp_path / "two" / critic), strict=True):
+            assert one == pytest.approx(two, abs=1e-9), critic
 
 
 # ---------------------------------------------------------------- from files
@@ -471,56 +534,6 @@ def test_what_is_missing_or_does_not_fit_is_said(school: Path, tmp_path: Path) -
 # ---------------------------------------------------------------- learning: a toy whose optimum is known
 
 
-NUM_ASKED = 3
-
-
-def word_table(seed: int) -> torch.Tensor:
-    """A reward for every prompt and every reply of two tokens."""
-    return torch.randn(NUM_ASKED, 14, 14, generator=torch.Generator().manual_seed(100 + seed))
-
-
-def reply_logprobs(model: Decoder) -> torch.Tensor:
-    """log pi(y1, y2 | prompt) of all prompts and replies, by enumeration."""
-    found = []
-    with torch.no_grad():
-        for word in range(NUM_ASKED):
-            rows = torch.tensor([[MARK, word, first] for first in range(14)])
-            logp = torch.log_softmax(model.logits(model(rows)), -1)
-            found.append(logp[:1, 1].T + logp[:, 2])
-    return torch.stack(found)
-
-
-def share_of_the_optimum(folder: Path, seed: int, *, shuffled: bool = False, **changed: Any) -> tuple[float, float]:
-    """Trains on `word_table`; returns (J - J_ref) / (J* - J_ref), and the total variation to the optimum.
-
-    J = E[r] - beta KL(pi || pi_ref) is largest at pi* = pi_ref exp(r / beta) / Z, known here by enumeration.
-    """
-    table, beta, calls = word_table(seed), 0.5, iter(range(10**6))
-
-    def reward(prompts: Any, responses: Any, meta: Any) -> list[float | None]:
-        scores = [float(table[m["word"], a, b]) for m, (a, b) in zip(meta, responses, strict=True)]
-        if shuffled:
-            order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(next(calls)))
-            scores = [scores[i] for i in order]
-        return list(scores)
-
-    config = ppo.PPOConfig(
-        iterations=40, prompts_per_iteration=192, epochs=2, minibatches=2, max_response_tokens=2, kl_beta=beta,
-        missing_end="keep", lr=4e-3, critic_lr=4e-3, warmup=0.0, decay=0.7, log_every=1000, save_every=0,
-        engine_batch=192, micro_tokens=4096,
-    )  # fmt: skip
-    stage = Toy(replace(config, **changed), reward, model=small_policy(seed), stop_ids=(), num_prompts=NUM_ASKED)
-    train(stage, folder, seed)
-    reference, trained = reply_logprobs(stage.reference), reply_logprobs(stage.policy)
-    best = torch.log_softmax((reference + table / beta).flatten(1), 1).view_as(reference)
-
-    def objective(logp: torch.Tensor) -> float:
-        return float((logp.exp() * (table - beta * (logp - reference))).sum((1, 2)).mean())
-
-    start, end, top = (objective(logp) for logp in (reference, trained, best))
-    return (end - start) / (top - start), float((trained.exp() - best.exp()).abs().sum((1, 2)).mean() / 2)
-
-
 def test_policy_moves_towards_the_known_optimum(tmp_path: Path) -> None:
     share, _ = share_of_the_optimum(tmp_path, 0, iterations=12, lr=6e-3, critic_lr=6e-3)
     assert share > 0.35
@@ -537,57 +550,37 @@ def test_policy_reaches_the_known_optimum_and_shuffled_rewards_teach_nothing(tmp
     assert control < 0.15 and far > 0.5
 
 
-def final_kl(folder: Path, seed: int, beta: float, target: float) -> float:
-    """KL(pi || pi_ref) in nats per reply, by enumeration, after training on `word_table`."""
+def kl_of_the_last_iterations(folder: Path, seed: int, beta: float, target: float) -> list[float]:
+    """KL in nats per reply, over the last forty of 120 iterations on `word_table`."""
     table = word_table(seed)
 
     def reward(prompts: Any, responses: Any, meta: Any) -> list[float | None]:
         return [float(table[m["word"], a, b]) for m, (a, b) in zip(meta, responses, strict=True)]
 
     config = ppo.PPOConfig(
-        iterations=40, prompts_per_iteration=96, epochs=2, minibatches=2, max_response_tokens=2, kl_beta=beta,
-        kl_target=target, kl_horizon=120, missing_end="keep", lr=4e-3, critic_lr=4e-3, warmup=0.0, log_every=1000,
+        iterations=120, prompts_per_iteration=96, epochs=2, minibatches=2, max_response_tokens=2, kl_beta=beta,
+        kl_target=target, kl_horizon=400, missing_end="keep", lr=4e-3, critic_lr=4e-3, warmup=0.0, log_every=4,
         save_every=0, engine_batch=96, micro_tokens=4096,
     )  # fmt: skip
     stage = Toy(config, reward, model=small_policy(seed), stop_ids=(), num_prompts=NUM_ASKED)
     train(stage, folder, seed)
-    reference, trained = reply_logprobs(stage.reference), reply_logprobs(stage.policy)
-    return float((trained.exp() * (trained - reference)).sum((1, 2)).mean())
+    return [line["objective/kl"] for line in lines(folder)[-40:]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_adaptive_coefficient_steers_the_kl_to_its_target_from_both_sides(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_adaptive_coefficient_settles_the_kl_at_its_target_from_both_sides(tmp_path: Path, seed: int) -> None:
     found = {
-        (beta, target): final_kl(tmp_path / f"{beta}-{target}", seed, beta, target)
+        (beta, target): float(np.mean(kl_of_the_last_iterations(tmp_path / f"{beta}-{target}", seed, beta, target)))
         for beta in (0.1, 5.0)
         for target in (0.0, 0.6)
     }
     print(f"seed {seed}: {found}")
     assert found[0.1, 0.0] > 1.2 and found[5.0, 0.0] < 0.2  # the controls, whose coefficient stays where it was
-    assert all(0.2 < found[beta, 0.6] < 1.2 for beta in (0.1, 5.0))  # it swings around the target
+    assert all(abs(found[beta, 0.6] - 0.6) < 0.12 for beta in (0.1, 5.0))  # within 20 %
 
 
 # ---------------------------------------------------------------- learning: the pretraining mix
-
-
-def language_loss(model: Decoder) -> float:
-    batch = text_rows(10**6, 128)
-    with torch.no_grad():
-        total, count, _ = next_token_loss(model, batch.tokens_BT, batch.weights_BT)
-    return float(total) / count
-
-
-def pretrained(seed: int) -> Decoder:
-    model = Decoder(replace(SPEC, tied=True), torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(150):
-        batch = text_rows(10**5 * seed + 16 * step, 16)
-        total, count, _ = next_token_loss(model, batch.tokens_BT, batch.weights_BT)
-        optimizer.zero_grad()
-        (total / count).backward()
-        optimizer.step()
-    return model
 
 
 @pytest.mark.slow
@@ -613,6 +606,7 @@ def test_pretraining_mix_keeps_the_language_at_the_same_reward(tmp_path: Path, s
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.start()
-    train(Toy(two_rank_config(), text=text_rows), Path(sys.argv[1]))
+    for kind in CRITICS:
+        train(two_rank_stage(kind), Path(sys.argv[1]) / kind)
     dist.stop()
     json.dump({}, sys.stdout)
