@@ -158,12 +158,12 @@ def test_the_recipe_of_preferences_ends_with_policies_that_talk(tmp_path: Path) 
     }
     for name in ("preference", "thumbs"):
         assert reports[name]["judged"]["train"]["kept"] > 30
-        first, last = (read_metrics(run / name / "metrics.jsonl")[at] for at in (0, -1))
-        assert (
-            abs(first["rewards/margins"]) < 1e-4 and last["rewards/margins"] > 0.02 and "valid/rewards/margins" in last
-        )
+        lines = read_metrics(run / name / "metrics.jsonl")
+        # a short last step of kto may hold responses of one side only, which have no margin
+        margins = [line["rewards/margins"] for line in lines if "rewards/margins" in line]
+        assert abs(margins[0]) < 1e-4 and margins[-1] > 0.02 and "valid/rewards/margins" in lines[-1]
     assert reports["select"]["score_kept"] > reports["select"]["score_drawn"]
-    learned = sum(1 for _ in open(run / "select" / "train.jsonl", "rb"))
+    learned = (run / "select" / "train.jsonl").read_bytes().count(b"\n")
     assert json.loads((run / "selected" / "report.json").read_text())["conversations"] == learned
     said = subprocess.run(
         [sys.executable, "-m", "lyceum", "chat", str(run), "--stage", "preference", "-p", "hello"],
