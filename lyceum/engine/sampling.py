@@ -24,6 +24,7 @@ from torch import Tensor
 from lyceum.errors import UsageError
 
 CANDIDATES = 256  # most probable tokens among which top-k and top-p are looked for first
+FEW = 32  # rows up to which noise is hashed one by one
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step of SplitMix64
 _MASK = (1 << 64) - 1
@@ -157,6 +158,12 @@ def uniform(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
     The n-th number of SplitMix64 (Steele, Lea, Flood 2014) whose state starts at the hashed seed; counter based, so any
     position is had at once. seeds_B, positions_B: int64.
     """
+    if (
+        len(seeds_B) <= FEW and seeds_B.device.type == "cpu"
+    ):  # the same in Python's integers, beside 30 tensor operations
+        pairs = zip(seeds_B.tolist(), positions_B.tolist(), strict=True)
+        states = [_mix_int((seed + _GOLDEN) & _MASK) + (position + 1) * _GOLDEN for seed, position in pairs]
+        return torch.tensor([(_mix_int(state & _MASK) >> 11) * 2.0**-53 for state in states], dtype=torch.float64)
     state = _mix(seeds_B + signed64(_GOLDEN)) + (positions_B + 1) * signed64(_GOLDEN)
     return _shift(_mix(state), 11).double() * 2.0**-53
 

@@ -56,6 +56,18 @@ def test_noise_is_uniform_along_positions_and_along_seeds(vary: str) -> None:
     assert neighbours.abs() < 4 / 256  # four standard errors
 
 
+def test_noise_of_a_few_rows_is_that_of_many() -> None:
+    seeds = torch.tensor(
+        [signed64(mix_seed(number)) for number in range(100)] + [0, -1, signed64(1 << 63), (1 << 63) - 1]
+    )
+    positions = torch.arange(len(seeds)) * 977
+    many = uniform(seeds, positions)
+    assert len(seeds) > sampling.FEW
+    for start in range(0, len(seeds), sampling.FEW):
+        few = slice(start, start + sampling.FEW)
+        assert torch.equal(uniform(seeds[few], positions[few]), many[few])
+
+
 def test_mix_seed_depends_on_every_part_and_on_their_order() -> None:
     seeds = [
         mix_seed(),
