@@ -102,7 +102,7 @@ def logits_of(rows: int, size: int) -> torch.Tensor:
 
 def ours_of(name: str, settings: dict[str, Any], rows: int, size: int) -> Callable[[], Any]:
     """One step of the engine after the model: adjust, draw, and what is kept for the next step."""
-    each = [SamplingParams(**({} if name == "mixed" and row % 4 == 0 else settings)) for row in range(rows)]
+    each = [SamplingParams(**({} if name == "mixed" and row % 4 == 3 else settings)) for row in range(rows)]
     logits_BV, rng = logits_of(rows, size), torch.Generator().manual_seed(1)
     adjustments = [Adjustment(one, [], size) if one.is_adjusted else None for one in each]
     for adjustment in adjustments:
