@@ -25,8 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lyceum.engine.adjust import Adjustment, adjusted
 from lyceum.engine.cache import Cache
-from lyceum.engine.sampling import PLAIN, SamplingParams, sample, uniform
+from lyceum.engine.constrain import Forms
+from lyceum.engine.sampling import PLAIN, SamplingParams, alternatives, sample, uniform
 from lyceum.engine.scheduler import Scheduler, groups
 from lyceum.engine.sequence import Batch, Finish, Output, Sequence, StopStrings
 from lyceum.errors import DataError, UsageError
@@ -40,7 +42,7 @@ class Engine:
 
     model: a Decoder, or any module with `spec` (vocab_size, context_length), `forward(tokens_BT, cache=None) ->
     hidden_BTD` and `logits(hidden)`. max_batch: most sequences that run at once. token_bytes: bytes of every token,
-    needed for stop strings only.
+    needed for stop strings and JSON schemas only.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class Engine:
             raise UsageError(f"max_batch = {max_batch} lets nothing run", hint="max_batch must be 1 or more")
         self.max_batch = max_batch
         self.token_bytes = token_bytes
+        self._forms = Forms(token_bytes) if token_bytes is not None else None
         self._scheduler = Scheduler(max_batch)
         self._numbers = count()
         self._unclaimed: list[Output] = []
@@ -60,22 +63,33 @@ class Engine:
     def add(self, prompt_ids: Many[int], params: SamplingParams = PLAIN) -> int:
         """Queue a request; `step` serves it. Returns its id.
 
-        Raises DataError if the prompt is empty, longer than the context, or holds ids outside the vocabulary.
+        Raises DataError if the prompt is empty, longer than the context, or holds ids outside the vocabulary; UsageError
+        if the request asks for several replies, or for what needs token_bytes.
         """
         prompt = list(prompt_ids)
         self._check(prompt, params.forced)
-        watch = None
-        if params.stop_strings:
-            if self.token_bytes is None:
-                raise UsageError(
-                    "stop strings need the bytes of every token",
-                    hint="Engine(model, token_bytes=tokenizer.token_bytes)",
-                )
-            watch = StopStrings(params.stop_strings, self.token_bytes)
+        if params.n > 1 or params.best_of > 1:
+            raise UsageError(
+                f"one request gives one reply, n = {params.n}, best_of = {params.best_of} were asked for",
+                hint="add each of params.each(), then choose with lyceum.engine.sampling.best",
+            )
+        if self.token_bytes is None and (params.stop_strings or params.json_schema is not None):
+            raise UsageError(
+                "stop strings and JSON schemas need the bytes of every token",
+                hint="Engine(model, token_bytes=tokenizer.token_bytes)",
+            )
+        watch = StopStrings(params.stop_strings, self.token_bytes or ()) if params.stop_strings else None
+        adjustment = None
+        if params.is_adjusted:
+            constraint = None
+            if params.json_schema is not None and self._forms is not None:
+                constraint = self._forms.constraint(params.json_schema, params.stop_ids)
+            adjustment = Adjustment(params, prompt, self.vocab_size, constraint)
         limit = min(params.max_tokens, self.context_length - len(prompt))
-        sequence = Sequence(next(self._numbers), prompt, params, limit, watch)
+        sequence = Sequence(next(self._numbers), prompt, params, limit, watch, adjustment)
         if limit == 0:
-            self._unclaimed.append(Output(sequence.id, [], "length", is_biased=params.is_biased))
+            about = self._about_prompt(sequence)
+            self._unclaimed.append(Output(sequence.id, [], "length", is_biased=params.is_biased, prompt_logprobs=about))
         else:
             self._scheduler.waiting.append(sequence)
         return sequence.id
@@ -85,8 +99,7 @@ class Engine:
         """Give every running sequence its next token. Returns the replies that are finished, each exactly once."""
         self._admit()
         if self._scheduler.running:
-            tokens_B, logprobs_B = self._decode()
-            self._release(self._record(tokens_B, logprobs_B))
+            self._release(self._record(*self._decode()))
         finished, self._unclaimed = self._unclaimed, []
         return finished
 
@@ -260,11 +273,13 @@ class Engine:
             number = {row: i for i, row in enumerate(distinct)}
             self._cache.spread(slot, [number[row] for row in part])
 
-    def _decode(self) -> tuple[Tensor, Tensor]:
+    def _decode(self) -> tuple[Tensor, Tensor, list[list[tuple[int, float]]]]:
         """One pass over all running sequences and one draw for each; changes nothing until it has succeeded."""
         n, batch = len(self._scheduler.running), self._batch
         hidden_BTD = self.model(batch.last_B[:n, None], cache=self._cache.window(0, n, 1))
         logits_BV = self.model.logits(hidden_BTD[:, -1])
+        running = self._scheduler.running
+        adjusted_BV = adjusted(logits_BV, [one.adjustment for one in running]) if self._needs_adjusting else None
         tokens_B, logprobs_B = sample(
             logits_BV,
             batch.temperature_B[:n],
@@ -272,14 +287,24 @@ class Engine:
             has_greedy=self._has_greedy,
             top_k_B=batch.top_k_B[:n] if self._needs_filters else None,
             top_p_B=batch.top_p_B[:n] if self._needs_filters else None,
+            min_p_B=batch.min_p_B[:n] if self._needs_min_p else None,
+            adjusted_BV=adjusted_BV,
             planned_B=batch.planned(n) if self._needs_forced else None,
         )
+        top: list[list[tuple[int, float]]] = []
+        if num := max(sequence.params.top_logprobs for sequence in running):
+            ids_BK, top_BK = alternatives(logits_BV, batch.temperature_B[:n], tokens_B, logprobs_B, num)
+            top = [list(zip(*row, strict=True)) for row in zip(ids_BK.tolist(), top_BK.tolist(), strict=True)]
         self._cache.advance(0, torch.ones_like(tokens_B))
-        return tokens_B, logprobs_B
+        return tokens_B, logprobs_B, top
 
-    def _record(self, tokens_B: Tensor, logprobs_B: Tensor) -> list[int]:
+    def _record(self, tokens_B: Tensor, logprobs_B: Tensor, top: list[list[tuple[int, float]]]) -> list[int]:
         """Note the new tokens; returns the rows whose reply is finished, having put their outputs aside."""
         is_stop_B, is_full_B = self._batch.append(tokens_B, logprobs_B)
+        if self._needs_adjusting:
+            self._feed_adjustments(tokens_B)
+        for sequence, alternatives_K in zip(self._scheduler.running, top, strict=bool(top)):
+            sequence.top_logprobs.append(alternatives_K[: sequence.params.top_logprobs])
         matches = self._match_stop_strings(tokens_B) if self._needs_stop_strings else {}
         done = (is_stop_B | is_full_B).nonzero().flatten().tolist()
         for row in sorted({*done, *matches}):
@@ -292,12 +317,18 @@ class Engine:
             self._unclaimed.append(output)
         return sorted({*done, *matches})
 
+    def _feed_adjustments(self, tokens_B: Tensor) -> None:
+        num_replies = self._batch.num_reply_B[: len(tokens_B)].tolist()
+        for sequence, token, num_reply in zip(self._scheduler.running, tokens_B.tolist(), num_replies, strict=True):
+            if sequence.adjustment is not None:
+                sequence.adjustment.feed(token, is_drawn=num_reply > len(sequence.params.forced))
+
     def _match_stop_strings(self, tokens_B: Tensor) -> dict[int, tuple[str, int]]:
         matches = {}
         for row, (sequence, token) in enumerate(zip(self._scheduler.running, tokens_B.tolist(), strict=True)):
             if sequence.stop_strings is None:
                 continue
-            if int(self._batch.num_reply_B[row]) <= len(sequence.params.forced):
+            if int(self._batch.num_reply_B[row]) <= max(len(sequence.params.forced), sequence.params.min_tokens):
                 sequence.stop_strings.skip(token)
             elif (match := sequence.stop_strings.feed(token)) is not None:
                 matches[row] = match
@@ -315,7 +346,14 @@ class Engine:
             is_biased=params.is_biased,
             stop=stop,
             text_bytes=text_bytes,
+            top_logprobs=sequence.top_logprobs if params.top_logprobs else [],
+            prompt_logprobs=self._about_prompt(sequence),
         )
+
+    def _about_prompt(self, sequence: Sequence) -> list[float]:
+        if not sequence.params.prompt_logprobs:
+            return []
+        return self.score([sequence.prompt], sequence.params.temperature or 1.0)[0]
 
     def _release(self, rows: list[int]) -> None:
         if not rows:
@@ -330,7 +368,9 @@ class Engine:
         running = [sequence.params for sequence in self._scheduler.running]
         self._needs_noise = any(params.temperature > 0 for params in running)
         self._has_greedy = any(params.temperature == 0 for params in running)
-        self._needs_filters = any(params.is_filtered for params in running)
+        self._needs_filters = any(params.top_k > 0 or params.top_p < 1 for params in running)
+        self._needs_min_p = any(params.min_p > 0 for params in running)
+        self._needs_adjusting = any(params.is_adjusted for params in running)
         self._needs_forced = any(params.forced for params in running)
         self._needs_stop_strings = any(params.stop_strings for params in running)
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lyceum.engine.adjust import Adjustment
 from lyceum.engine.sampling import SamplingParams, signed64
 
 Finish = Literal["stop", "length", "abort"]
@@ -29,7 +30,8 @@ class Output:
     (max_tokens or the context is full), "abort". num_forced: so many ids at the start were given, not drawn. is_biased:
     the ids were not drawn from the distribution that `logprobs` describes (top-k, top-p or greedy), so they must not
     feed a policy gradient. stop: the token or string that ended it. text_bytes: bytes of the text before the stop
-    string; None when no stop string ended it.
+    string; None when no stop string ended it. top_logprobs: for each id, the most probable tokens with their
+    log-probabilities, best first. prompt_logprobs: of each token of the prompt but the first.
     """
 
     id: int
@@ -40,6 +42,8 @@ class Output:
     is_biased: bool = False
     stop: int | str | None = None
     text_bytes: int | None = None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
 
 
 class StopStrings:
@@ -83,6 +87,8 @@ class Sequence:
     params: SamplingParams
     limit: int
     stop_strings: StopStrings | None = None
+    adjustment: Adjustment | None = None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 class Batch:
@@ -105,6 +111,7 @@ class Batch:
         )
         self.top_k_B = whole()
         self.top_p_B = torch.ones(num_rows, dtype=torch.float64, device=device)
+        self.min_p_B = torch.zeros(num_rows, device=device)
         self.temperature_B = torch.ones(num_rows, device=device)
         self.stop_BS = torch.full((num_rows, 4), -1, device=device)
         self.reply_BT = torch.full((num_rows, 64), -1, device=device)
@@ -125,6 +132,7 @@ class Batch:
         self.seed_B[rows] = torch.tensor([signed64(p.seed) for p in params], device=device)
         self.top_k_B[rows] = torch.tensor([p.top_k for p in params], device=device)
         self.top_p_B[rows] = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+        self.min_p_B[rows] = torch.tensor([p.min_p for p in params], dtype=torch.float, device=device)
         self.temperature_B[rows] = torch.tensor([p.temperature for p in params], dtype=torch.float, device=device)
         self.stop_BS[rows] = -1
         self.reply_BT[rows] = -1

@@ -13,7 +13,6 @@ It is not a store and not safe to call from several threads.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +20,7 @@ from lyceum.corpus.records import Conversation, Message
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
+from lyceum.engine.stream import TextStream
 from lyceum.errors import DataError
 from lyceum.tokens.chat import ChatFormat
 
@@ -218,30 +218,3 @@ class Session:
         for before, round in zip(self._rounds[first:], self._rounds[first + 1 :], strict=False):
             ids = self.chat.continue_prompt([*ids, *before.reply_ids], round.given)
         return ids
-
-
-class TextStream:
-    """Ids to text as they come, never half a character, nor what may turn out to be the beginning of a stop string.
-
-    token_bytes: bytes of every token. hold_at: tokens from which on nothing is shown (a tool call). What was held back
-    and is text after all is for the caller to show, who has the whole reply then.
-    """
-
-    def __init__(self, token_bytes: Sequence[bytes], *, stop_strings: Sequence[str] = (), hold_at: Sequence[int] = ()):
-        self._token_bytes = token_bytes
-        self._starts = {text.encode()[:length] for text in stop_strings for length in range(1, len(text.encode()))}
-        self._hold_at = frozenset(hold_at)
-        self._is_held = False
-        self._pending = b""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, ids: Sequence[int]) -> str:
-        """Add tokens; returns the text that is certain now."""
-        for token in ids:
-            self._is_held = self._is_held or token in self._hold_at
-            if not self._is_held:
-                self._pending += self._token_bytes[token]
-        longest = max((len(start) for start in self._starts if self._pending.endswith(start)), default=0)
-        certain = len(self._pending) - longest
-        ready, self._pending = self._pending[:certain], self._pending[certain:]
-        return self._decoder.decode(ready)

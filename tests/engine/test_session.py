@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lyceum.corpus.records import Conversation, Message, ToolCall
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.engine.session import MAX_TOOL_ROUNDS, Session, TextStream
+from lyceum.engine.session import MAX_TOOL_ROUNDS, Session
 from lyceum.errors import DataError
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
@@ -134,20 +131,6 @@ def test_a_stop_string_never_shows_and_is_not_kept(talk: Callable, chat: ChatFor
     one.session.say("y")
     assert chat.tokenizer.encode("QUESTION:") != one.prompts[1][-len(chat.tokenizer.encode("QUESTION:")) :]
     assert "QUESTION:" not in chat.tokenizer.decode(one.prompts[1])
-
-
-@given(st.text("aé我🦙 "), st.integers(0, 1 << 30))
-def test_any_cut_into_tokens_streams_the_same_text(text: str, seed: int) -> None:
-    rng = random.Random(seed)
-    whole = text.encode()
-    cuts = sorted({0, len(whole), *(rng.randrange(len(whole) + 1) for _ in range(5))})
-    pieces = [whole[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-    stream = TextStream(pieces)
-    shown = [stream.feed([token]) for token in range(len(pieces))]
-    assert "".join(shown) == text
-    for number in range(len(shown)):  # everything that is certain is shown at once
-        so_far = b"".join(pieces[: number + 1])
-        assert "".join(shown[: number + 1]) == so_far.decode("utf-8", "ignore")
 
 
 def test_closing_a_stream_stops_the_model_and_keeps_what_was_said(talk: Callable, chat: ChatFormat) -> None:
