@@ -135,6 +135,8 @@ class Engine:
         self._admit()
         for decoding, chunks in self._passes():
             self._record(*self._pass(decoding, chunks))
+            if chunks:
+                self._arrange()
         if self.checks:
             self.check()
         finished, self._unclaimed = self._unclaimed, []
@@ -312,7 +314,10 @@ class Engine:
             shared = min(most, num_shared(other.tokens, sequence.tokens))
             if (now := min(shared, other.num_cached)) >= max(best, MIN_REUSE):
                 best, source = now, other
-            if shared >= later + MIN_REUSE and shared > other.num_cached:
+            is_before = (
+                other.id < sequence.id and other.is_background <= sequence.is_background
+            )  # so nobody waits in a ring
+            if is_before and shared >= later + MIN_REUSE and shared > other.num_cached:
                 later, sequence.leader = shared, other
         if best > sequence.num_cached:
             if source is not None:
@@ -397,8 +402,6 @@ class Engine:
                 gone.append(sequence)
         if gone:
             self._release(gone)
-        elif any(sequence.row >= self._scheduler.num_decoding for sequence in drawing):
-            self._arrange()
 
     def _release(self, gone: list[Sequence]) -> None:
         for sequence in gone:
@@ -423,7 +426,9 @@ class Engine:
         assert everyone == self._sequences, "a request is lost, or kept after its end"
         for sequence in scheduler.running:
             is_decoding = sequence.row < scheduler.num_decoding
-            assert (sequence.num_left == 1) == is_decoding and sequence.num_left >= 1, "a sequence stands in a wrong row"
+            assert (sequence.num_left == 1) == is_decoding and sequence.num_left >= 1, (
+                "a sequence stands in a wrong row"
+            )
             assert len(sequence.tokens) <= sequence.num_promised, "a sequence has outgrown what was reserved for it"
             assert sequence.leader is None or sequence.leader is not sequence, "a sequence waits for itself"
 

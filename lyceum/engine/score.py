@@ -29,7 +29,9 @@ PLACES = ("last", "mean", "all")
 Place = Literal["last", "mean", "all"]
 
 
-def score_rows(model: Any, rows: Many[Many[int]], temperature: float, num_top: int, device: torch.device) -> list[Scores]:
+def score_rows(
+    model: Any, rows: Many[Many[int]], temperature: float, num_top: int, device: torch.device
+) -> list[Scores]:
     """Scores of every token but the first of each row, given those before it, of logits / temperature."""
     if not temperature > 0:
         raise UsageError(f"temperature = {temperature} cannot be scored with", hint="temperature must be above 0")
@@ -38,7 +40,9 @@ def score_rows(model: Any, rows: Many[Many[int]], temperature: float, num_top: i
         hidden_BTD = model(tokens_BT[:, :-1]) if tokens_BT.shape[1] > 1 else None
         for i, row, length in zip(indices, range(len(indices)), lengths, strict=True):
             if hidden_BTD is not None:
-                part = score_tokens(model, hidden_BTD[row, : length - 1], tokens_BT[row, 1:length], temperature, num_top)
+                part = score_tokens(
+                    model, hidden_BTD[row, : length - 1], tokens_BT[row, 1:length], temperature, num_top
+                )
                 found[i].extend(part)
     return found
 

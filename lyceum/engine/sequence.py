@@ -150,6 +150,8 @@ class Sequence:
 
     def append(self, token: int, logprob: float) -> Output | None:
         """Add a token; returns what has become of the request if that was its last."""
+        if self.limit == 0:  # it only wanted its prompt scored
+            return self.output()
         self.tokens.append(token)
         p, num_reply = self.params, len(self.tokens) - self.num_prompt
         if p.logprobs:

@@ -357,7 +357,7 @@ class PPO(Stage["Rollout | TokenBatch"]):
     def engine(self) -> Engine:
         """The sampler over the policy as it is now."""
         if not hasattr(self, "_engine"):
-            self._engine = Engine(self.policy, max_batch=self.config.engine_batch)
+            self._engine = Engine(self.policy, max_batch=self.config.engine_batch, num_kept=0)
         else:
             self._engine.update_weights(self.policy)
         return self._engine
