@@ -17,6 +17,7 @@ What it is not: it cannot be trained, and scores and hidden vectors of whole row
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from lyceum.model.attention import KeyValueCache, attend
 from lyceum.model.layers import paired, rotary_table
-from lyceum.model.transformer import Decoder, DecoderLayer
+from lyceum.model.transformer import Decoder
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -79,6 +80,7 @@ class PackedDecoder:
             dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
             shape = (spec.context_length, spec.head_width, spec.rope_theta)
             table = rotary_table(*shape, dtype, x_ND.device, spec.rope_scaling)[positions_N].unsqueeze(1)
+        block: Any
         for number, (block, layer) in enumerate(zip(trunk.layers, self._layers, strict=True)):
             x_ND = x_ND + self._attention(self._norm(x_ND, block.input_layernorm), layer, table, number, cache)
             x_ND = x_ND + self._ffn(self._norm(x_ND, block.post_attention_layernorm), layer)
@@ -121,9 +123,9 @@ class PackedDecoder:
         return torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-def _packed(block: DecoderLayer, is_rotary: bool, head_width: int) -> Layer:
+def _packed(block: Any, is_rotary: bool, head_width: int) -> Layer:
     attention, ffn = block.self_attn, block.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    linears: tuple[nn.Linear, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
 
     def turned(weight: Tensor) -> Tensor:
         return paired(weight, head_width) if is_rotary else weight

@@ -162,7 +162,7 @@ def test_cached_decoding_equals_the_full_forward_whoever_comes_and_goes(
 def test_earlier_prefixes_and_neighbours_are_reused_in_the_random_crowd(decoder: Decoder) -> None:  # or it tests little
     crowd = Crowd(Engine(decoder, max_batch=6, step_tokens=7, num_kept=40, checks=True), seed=0)
     crowd.pass_through(80)
-    assert sum(output.num_reused > 0 for output in crowd.outputs.values()) > 20
+    assert sum(output.num_reused > 0 for output in crowd.outputs.values()) > 10
 
 
 def soak(decoder: Decoder, num_requests: int, every: int) -> None:
