@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -136,12 +137,12 @@ def one_turn(worker: Worker, vocab_size: int, plan: Plan, number: int) -> dict[s
     def prompts(count: int, length: int) -> list[list[int]]:
         return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
 
-    worker.seconds(prompts(1, PROMPT), 4)  # warm
-    figures = {}
+    figures: dict[str, float] = {}
     for count in plan.streams:
+        worker.seconds(prompts(count, PROMPT), 2)  # warm: memory for so many
         first = worker.seconds(prompts(count, PROMPT), 1)
         whole = worker.seconds(prompts(count, PROMPT), plan.num_new)
-        figures[f"decode_{count}"] = count * (plan.num_new - 1) / max(1e-9, whole - first)
+        figures[f"decode_{count}"] = count * (plan.num_new - 1) / positive(whole - first)
     figures["cold_s"] = worker.seconds(prompts(1, plan.num_long), 1)
     figures["prefill"] = plan.num_long / figures["cold_s"]
     history, turn = prompts(1, plan.num_long)[0], prompts(1, TURN)[0]
@@ -157,8 +158,13 @@ def one_turn(worker: Worker, vocab_size: int, plan: Plan, number: int) -> dict[s
     finally:
         neighbour.kill()
         neighbour.wait()
-    figures["neighbour_slowdown"] = figures["decode_1"] * max(1e-9, whole - first) / (plan.num_new - 1)
+    figures["neighbour_slowdown"] = figures["decode_1"] * positive(whole - first) / (plan.num_new - 1)
     return figures
+
+
+def positive(seconds: float) -> float:
+    """A difference of two times; not a number where noise has made it negative, as it can with --short."""
+    return seconds if seconds > 0 else math.nan
 
 
 class Worker:
@@ -168,6 +174,7 @@ class Worker:
         command = [python, __file__, "--worker", name, str(path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+        self.name = name
         self.facts = self._answer()
         self.error = "" if self.facts is not None else self._process.stderr.read()[-300:]
 
@@ -191,7 +198,7 @@ class Worker:
         self._process.stdin.flush()
         answer = self._answer()
         if answer is None:
-            raise RuntimeError(f"an engine ended in the middle: {self._process.stderr.read()[-500:]}")
+            raise RuntimeError(f"{self.name} ended in the middle: {self._process.stderr.read()[-500:]}")
         return answer
 
     def _answer(self) -> dict[str, Any] | None:
@@ -355,6 +362,8 @@ def llama_runner(name: str, path: str) -> Runner:
     num_threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
     class Llama:
+        silence = quiet  # called as long as the library lives
+
         def __init__(self) -> None:
             self._held: list[int] = []  # of the one stream that talks on, what its memory holds
             self._context, self._streams = None, 0

@@ -130,7 +130,7 @@ def _packed(block: Any, is_rotary: bool, head_width: int) -> Layer:
     def turned(weight: Tensor) -> Tensor:
         return paired(weight, head_width) if is_rotary else weight
 
-    def gained(weight: Tensor, norm: nn.Module) -> Tensor:
+    def gained(weight: Tensor, norm: Any) -> Tensor:
         return weight if isinstance(norm, nn.LayerNorm) else weight * norm.weight
 
     def joined(parts: list[tuple[nn.Linear, bool]]) -> Tensor | None:
