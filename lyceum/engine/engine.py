@@ -366,22 +366,24 @@ class Engine:
         drawing, at = list(decoding), list(range(len(decoding)))
         for (sequence, num), end in zip(chunks, ends, strict=True):
             self._score_prompt(sequence, hidden_ND[end + 1 - num : end + 1])
-            sequence.num_cached += num
-            if sequence.num_left == 0:
+            if num == sequence.num_left:
                 drawing.append(sequence)
                 at.append(end)
-        for sequence in decoding:
-            sequence.num_cached += 1
-        if not drawing:
-            return [], [], []
-        if chunks:
-            hidden_ND = hidden_ND[at]
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        if drawing:
+            tokens, logprobs = self._draw(drawing, hidden_ND[at] if chunks else hidden_ND)
+        for sequence, num in (*((sequence, 1) for sequence in decoding), *chunks):
+            sequence.num_cached += num
+        return drawing, tokens, logprobs
+
+    def _draw(self, drawing: list[Sequence], hidden_BD: Tensor) -> tuple[list[int], list[float]]:
         draw = self._draws.get(drawing[0].id)
         if draw is None or draw.sequences != drawing:
             if not self.batch_invariant:
                 self._draws.clear()
             draw = self._draws[drawing[0].id] = Draw(drawing, self.device)
-        return drawing, *draw(self._runner.logits(hidden_ND))
+        return draw(self._runner.logits(hidden_BD))
 
     def _score_prompt(self, sequence: Sequence, hidden_ND: Tensor) -> None:
         if sequence.prompt_top is None:
@@ -391,7 +393,9 @@ class Engine:
         if done < len(targets):
             targets_N = torch.tensor(targets[done:], device=self.device)
             hidden_ND = hidden_ND[done : len(targets)]
-            sequence.prompt_scores.extend(score_tokens(self.model, hidden_ND, targets_N, 1.0, sequence.prompt_top))
+            temperature = sequence.params.temperature or 1.0
+            more = score_tokens(self.model, hidden_ND, targets_N, temperature, sequence.prompt_top)
+            sequence.prompt_scores.extend(more)
 
     def _record(self, drawing: list[Sequence], tokens: list[int], logprobs: list[float]) -> None:
         """Note the new tokens; replies that are finished leave, and prompts that have been read begin to decode."""
@@ -454,5 +458,8 @@ class Engine:
         if not hasattr(spec, "num_kv_heads"):
             return 0
         num_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * weight.element_size()
-        limit = self.max_bytes if self.max_bytes is not None else int(MEMORY_SHARE * machine.memory_bytes())
+        has = machine.memory_bytes()
+        if self.device.type == "cuda":
+            has = torch.cuda.get_device_properties(self.device).total_memory
+        limit = self.max_bytes if self.max_bytes is not None else int(MEMORY_SHARE * has)
         return max(limit // num_bytes, self.context_length) if limit else 0

@@ -52,7 +52,7 @@ class Output:
     drawn. is_biased: the ids were not drawn from the distribution that `logprobs` describes (top-k, top-p, greedy or a
     processor), so they must not feed a policy gradient. stop: the token or string that ended it. text_bytes: bytes of the
     text before the stop string; None when no stop string ended it. prompt: scores of the prompt's tokens but the first,
-    at temperature 1; None unless asked for. num_reused: tokens of the prompt that were not read again.
+    at the same temperature; None unless asked for. num_reused: tokens of the prompt that were not read again.
     """
 
     id: int

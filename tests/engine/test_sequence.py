@@ -89,7 +89,7 @@ def test_a_draw_is_the_samplers_row_by_row() -> None:
     logits_BV = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     params = (SamplingParams(seed=-1, top_k=4), SamplingParams(temperature=0.0, forced=(7,)), SamplingParams(seed=3))
     sequences = [watched(p) for p in params]
-    tokens, logprobs = Draw(sequences, torch.device("cpu"))(logits_BV)
+    tokens, logprobs, *_ = Draw(sequences, torch.device("cpu"))(logits_BV)
     assert tokens[1] == 7
     for row, one in enumerate(sequences):
         alone = Draw([one], torch.device("cpu"))(logits_BV[row : row + 1])
