@@ -65,6 +65,7 @@ class Cache:
     def _make_room(self, num_rows: int, num_tokens: int) -> None:
         # It grows by doubling, so that a long chat or a large batch is copied a few times only; under a bound it is no
         # larger than needed, gives up what is no longer, and the shelf gives way.
+        has_grown = False
         for layer, old in self._layers.items():
             rows, tokens = old.shape[1], old.shape[3]
             if rows >= num_rows and tokens >= num_tokens:
@@ -81,7 +82,8 @@ class Cache:
             kept_rows, kept_tokens = min(rows, old.shape[1]), min(tokens, old.shape[3])
             new[:, :kept_rows, :, :kept_tokens] = old[:, :kept_rows, :, :kept_tokens]
             self._layers[layer] = new
-        if self.max_tokens:
+            has_grown = True
+        if self.max_tokens and has_grown:
             self.shelf.shrink(max(0, self.max_tokens - self.slot_tokens))
 
     def copy(self, into: int, out_of: int, start: int, end: int) -> None:

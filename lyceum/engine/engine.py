@@ -38,6 +38,7 @@ from lyceum.model.packed import PackedDecoder, can_pack
 
 STEP_TOKENS = 512  # prompt tokens read in one step while others decode; an idle engine reads IDLE_TOKENS
 IDLE_TOKENS = 2048
+NUM_KEPT = 8  # sequences on the shelf, or max_batch if that is more
 MEMORY_SHARE = 0.25  # of the machine's memory, for keys and values, where nothing else is asked for
 
 
@@ -47,10 +48,10 @@ class Engine:
     model: a Decoder, or any module with `spec` (vocab_size, context_length), `forward(tokens_BT, cache=None) ->
     hidden_BTD` and `logits(hidden)`. max_batch: most sequences that run at once. token_bytes: bytes of every token,
     needed for stop strings only. step_tokens: prompt tokens read in one step while others decode: more read sooner, fewer
-    keep the others' tokens coming. num_kept: sequences whose keys and values are kept when they leave (default:
-    max_batch). max_bytes: most memory for keys and values (default: a quarter of the machine's). batch_invariant: a reply
-    does not depend on batch mates in its last bit; every sequence then passes alone, and nothing is reused. pack: run a
-    packed copy of the weights. checks: verify the books after every step, for tests.
+    keep the others' tokens coming. num_kept: sequences whose keys and values are kept when they leave (default: 8, or
+    max_batch if that is more). max_bytes: most memory for keys and values (default: a quarter of the machine's).
+    batch_invariant: a reply does not depend on batch mates in its last bit; every sequence then passes alone, and nothing
+    is reused. pack: run a packed copy of the weights. checks: verify the books after every step, for tests.
     """
 
     model: Any
@@ -75,7 +76,7 @@ class Engine:
         self.max_batch = max_batch
         self.token_bytes = token_bytes
         self.step_tokens = step_tokens
-        self.num_kept = 0 if batch_invariant else max_batch if num_kept is None else num_kept
+        self.num_kept = 0 if batch_invariant else max(max_batch, NUM_KEPT) if num_kept is None else num_kept
         self.max_bytes = max_bytes
         self.batch_invariant = batch_invariant
         self.pack = pack

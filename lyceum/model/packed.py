@@ -71,7 +71,8 @@ class PackedDecoder:
 
     def __call__(self, tokens_BT: Tensor, *, cache: KeyValueCache) -> Tensor:
         """Return the hidden states (1, N, D) after the final norm of one row of new tokens."""
-        trunk, spec = self.model.model, self.spec
+        trunk: Any = self.model.model
+        spec = self.spec
         tokens_N, positions_N = tokens_BT[0], cache.positions(tokens_BT.shape[1])[0]
         x_ND, table = F.embedding(tokens_N, trunk.embed_tokens.weight), None
         if spec.positions == "learned":
@@ -80,11 +81,13 @@ class PackedDecoder:
             dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
             shape = (spec.context_length, spec.head_width, spec.rope_theta)
             table = rotary_table(*shape, dtype, x_ND.device, spec.rope_scaling)[positions_N].unsqueeze(1)
-        block: Any
         for number, (block, layer) in enumerate(zip(trunk.layers, self._layers, strict=True)):
             x_ND = x_ND + self._attention(self._norm(x_ND, block.input_layernorm), layer, table, number, cache)
             x_ND = x_ND + self._ffn(self._norm(x_ND, block.post_attention_layernorm), layer)
-        return trunk.norm(x_ND).unsqueeze(0)
+        hidden_ND = self._norm(x_ND, trunk.norm)
+        if not isinstance(trunk.norm, nn.LayerNorm):
+            hidden_ND *= trunk.norm.weight
+        return hidden_ND.unsqueeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (..., V) of every next token for hidden states (..., D)."""
