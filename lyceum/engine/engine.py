@@ -5,36 +5,43 @@
     engine.add(prompt, params); outputs = engine.step()  # or step by step: those that have finished
     engine.score(rows); engine.encode(rows, at="last"); engine.abort(id); engine.update_weights(model)
 
-PPO's rollouts, the evaluations, the chat and the server share it. A step is: admit, decode, record, release. Every step
-decodes one token of every running sequence; a new one has first its prompt, but for the last token, read into the
-cache, so that its first token comes out of the same pass as everyone else's next one.
+PPO's rollouts, the evaluations, the chat and the server share it. A step is: admit, plan, pass, draw, record. One pass
+brings the next token of every sequence that decodes and, within a budget, chunks of the prompts of those that came
+lately; a prompt's last chunk gives the first token of its reply. What an earlier request left in memory, or a running one
+holds, is copied, not computed again: a chat's second turn costs its new tokens, and a prompt asked for eight replies is
+read once.
 
-It is one thread's: not safe to call from several. It holds a reference to the model's own weights; a packed copy would
-be made in `update_weights`. It does not run a sharded or wrapped module.
+It is one thread's: not safe to call from several. It runs a packed copy of the weights (`lyceum.model.packed`), or where
+that is not possible the module itself; it does not run a sharded or wrapped module.
 
-Shapes: B rows, T time, D width, V vocabulary, N positions picked out of (B, T).
+Shapes: B rows, V vocabulary, D width, N tokens of several sequences, one behind the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lyceum.engine.adjust import Adjustment, adjusted
-from lyceum.engine.cache import Cache
+from lyceum import device as machine
+from lyceum.engine.adjust import Adjustment
+from lyceum.engine.cache import MIN_REUSE, Cache, Stretch, num_shared
 from lyceum.engine.constrain import Forms
-from lyceum.engine.sampling import PLAIN, SamplingParams, alternatives, sample, uniform
-from lyceum.engine.scheduler import Scheduler, groups
-from lyceum.engine.sequence import Batch, Finish, Output, Sequence, StopStrings
+from lyceum.engine.sampling import PLAIN, SamplingParams
+from lyceum.engine.scheduler import Scheduler
+from lyceum.engine.score import Place, encode_rows, score_rows, score_tokens
+from lyceum.engine.sequence import Draw, Drawn, Output, Processor, Scores, Sequence, StopStrings
 from lyceum.errors import DataError, UsageError
+from lyceum.model.packed import PackedDecoder, can_pack
 
-GROUP_TOKENS = 2048  # padded tokens of one pass over prompts or scored rows: small activations stay in the CPU's cache
-LOGIT_CELLS = 1 << 22  # positions x vocabulary of one block of logits in `score`: 16 MB
+STEP_TOKENS = 512  # prompt tokens read in one step while others decode; an idle engine reads IDLE_TOKENS
+IDLE_TOKENS = 2048
+NUM_KEPT = 8  # sequences on the shelf, or max_batch if that is more
+MEMORY_SHARE = 0.25  # of the machine's memory, for keys and values, where nothing else is asked for
 
 
 class Engine:
@@ -42,26 +49,64 @@ class Engine:
 
     model: a Decoder, or any module with `spec` (vocab_size, context_length), `forward(tokens_BT, cache=None) ->
     hidden_BTD` and `logits(hidden)`. max_batch: most sequences that run at once. token_bytes: bytes of every token,
-    needed for stop strings and JSON schemas only.
+    needed for stop strings and JSON schemas only. step_tokens: prompt tokens read in one step while others decode: more
+    read sooner, fewer keep the others' tokens coming. num_kept: sequences whose keys and values are kept when they leave
+    (default: 8, or max_batch if that is more). max_bytes: most memory for keys and values (default: a quarter of the
+    machine's). batch_invariant: a reply does not depend on batch mates in its last bit; every sequence then passes alone,
+    and nothing is reused. pack: run a packed copy of the weights. checks: verify the books after every step, for tests.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, *, max_batch: int = 64, token_bytes: Many[bytes] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_batch: int = 64,
+        token_bytes: Many[bytes] | None = None,
+        step_tokens: int = STEP_TOKENS,
+        num_kept: int | None = None,
+        max_bytes: int | None = None,
+        batch_invariant: bool = False,
+        pack: bool = True,
+        checks: bool = False,
+    ):
         if max_batch < 1:
             raise UsageError(f"max_batch = {max_batch} lets nothing run", hint="max_batch must be 1 or more")
+        if step_tokens < 1:
+            raise UsageError(f"step_tokens = {step_tokens} reads nothing", hint="step_tokens must be 1 or more")
         self.max_batch = max_batch
         self.token_bytes = token_bytes
         self._forms = Forms(token_bytes) if token_bytes is not None else None
+        self.step_tokens = step_tokens
+        self.num_kept = 0 if batch_invariant else max(max_batch, NUM_KEPT) if num_kept is None else num_kept
+        self.max_bytes = max_bytes
+        self.batch_invariant = batch_invariant
+        self.pack = pack
+        self.checks = checks
         self._scheduler = Scheduler(max_batch)
         self._numbers = count()
+        self._sequences: dict[int, Sequence] = {}  # those that wait or run
         self._unclaimed: list[Output] = []
+        self._draws: dict[int, Draw] = {}
+        self._packed: PackedDecoder | None = None
         self.update_weights(model)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, prompt_ids: Many[int], params: SamplingParams = PLAIN) -> int:
+    def add(
+        self,
+        prompt_ids: Many[int],
+        params: SamplingParams = PLAIN,
+        *,
+        key: str = "",
+        is_background: bool = False,
+        processor: Processor | None = None,
+    ) -> int:
         """Queue a request; `step` serves it. Returns its id.
+
+        key: who asks; keys are served evenly, and each finds only what its own requests left in memory. is_background: let
+        others go first. processor: changes the logits before a token is drawn.
 
         Raises DataError if the prompt is empty, longer than the context, or holds ids outside the vocabulary; UsageError
         if the request asks for several replies, or for what needs token_bytes.
@@ -86,49 +131,53 @@ class Engine:
                 constraint = self._forms.constraint(params.json_schema, params.stop_ids)
             adjustment = Adjustment(params, prompt, self.vocab_size, constraint)
         limit = min(params.max_tokens, self.context_length - len(prompt))
-        sequence = Sequence(next(self._numbers), prompt, params, limit, watch, adjustment)
-        if limit == 0:
-            about = self._about_prompt(sequence)
-            self._unclaimed.append(Output(sequence.id, [], "length", is_biased=params.is_biased, prompt_logprobs=about))
+        number = next(self._numbers)
+        sequence = Sequence(number, prompt, params, limit, watch, adjustment, key, is_background, processor)
+        if limit == 0 and not params.prompt_logprobs:
+            self._unclaimed.append(sequence.output())
         else:
-            self._scheduler.waiting.append(sequence)
+            self._sequences[sequence.id] = sequence
+            self._scheduler.add(sequence)
         return sequence.id
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Give every running sequence its next token. Returns the replies that are finished, each exactly once."""
         self._admit()
-        if self._scheduler.running:
-            self._release(self._record(*self._decode()))
+        for decoding, chunks in self._passes():
+            self._record(*self._pass(decoding, chunks))
+            if chunks:
+                self._arrange()
+        if self.checks:
+            self.check()
         finished, self._unclaimed = self._unclaimed, []
         return finished
 
     @torch.inference_mode()
     def abort(self, id: int) -> Output | None:
         """Take a request out, at once. Returns what it had; None if it has finished already or never was."""
-        for sequence in self._scheduler.waiting:
-            if sequence.id == id:
-                self._scheduler.waiting.remove(sequence)
-                return Output(id, [], "abort", is_biased=sequence.params.is_biased)
-        for row, sequence in enumerate(self._scheduler.running):
-            if sequence.id == id:
-                output = self._output(row, "abort")
-                self._release([row])
-                return output
-        self._unclaimed = [output for output in self._unclaimed if output.id != id]
-        return None
+        sequence = self._sequences.get(id)
+        if sequence is None:
+            self._unclaimed = [output for output in self._unclaimed if output.id != id]
+            return None
+        if sequence.row < 0:
+            self._scheduler.drop(sequence)
+            del self._sequences[id]
+        else:
+            self._release([sequence])
+        if self.checks:
+            self.check()
+        return sequence.output("abort")
 
     def reply(self, id: int, start: int = 0) -> list[int]:
         """Ids that a request which has not finished has been given so far, from `start` on."""
-        for row, sequence in enumerate(self._scheduler.running):
-            if sequence.id == id:
-                return self._batch.reply(row, start)
-        return []
+        sequence = self._sequences.get(id)
+        return [] if sequence is None else sequence.tokens[sequence.num_prompt + start :]
 
     @property
     def is_idle(self) -> bool:
         """True if `step` has nothing to do."""
-        return not (self._scheduler.running or self._scheduler.waiting or self._unclaimed)
+        return not (self._sequences or self._unclaimed)
 
     def generate(
         self,
@@ -191,193 +240,211 @@ class Engine:
 
     # -- whole rows ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def score(self, rows: Many[Many[int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probability of every token but the first given those before it, of logits / temperature.
 
         Returns len(row) - 1 numbers a row. The primitive under perplexity, multiple choice, KL and reranking.
         """
-        if not temperature > 0:
-            raise UsageError(f"temperature = {temperature} cannot be scored with", hint="temperature must be above 0")
-        scores: list[list[float]] = [[] for _ in rows]
-        for indices, tokens_BT, lengths_B in self._grouped(rows):
-            if tokens_BT.shape[1] < 2:
-                continue
-            hidden_BTD = self.model(tokens_BT[:, :-1])
-            is_real_BT = torch.arange(1, tokens_BT.shape[1], device=self.device) < lengths_B.unsqueeze(1)
-            hidden_ND, targets_N = hidden_BTD[is_real_BT], tokens_BT[:, 1:][is_real_BT]
-            logprobs_N = self._chosen(hidden_ND, targets_N, temperature)
-            for i, part in zip(indices, logprobs_N.split((lengths_B - 1).tolist()), strict=True):
-                scores[i] = part.tolist()
-        return scores
+        return [scores.logprobs for scores in self.scores(rows, temperature)]
 
     @torch.inference_mode()
-    def encode(self, rows: Many[Many[int]], at: Literal["last", "mean", "all"] = "last") -> Tensor | list[Tensor]:
+    def scores(self, rows: Many[Many[int]], temperature: float = 1.0, *, num_top: int = 0) -> list[Scores]:
+        """The same with each token's rank and, beside it, the num_top most probable tokens."""
+        for row in rows:
+            self._check(row)
+        return score_rows(self.model, rows, temperature, num_top, self.device)
+
+    @torch.inference_mode()
+    def encode(self, rows: Many[Many[int]], at: Place = "last") -> Tensor | list[Tensor]:
         """Hidden vectors after the final norm: (rows, D) at the last token or averaged, or for "all" a (T, D) each.
 
         The caller puts the head on: embeddings, reward scores, moderation.
         """
-        if at not in ("last", "mean", "all"):
-            raise UsageError(
-                f"at = {at!r} is no place to take hidden vectors", hint="at must be 'last', 'mean' or 'all'"
-            )
-        vectors: list[Tensor] = [torch.empty(0)] * len(rows)
-        for indices, tokens_BT, lengths_B in self._grouped(rows):
-            hidden_BTD = self.model(tokens_BT)
-            for i, hidden_TD, length in zip(indices, hidden_BTD, lengths_B.tolist(), strict=True):
-                real_TD = hidden_TD[:length]
-                vectors[i] = real_TD.clone() if at == "all" else real_TD[-1] if at == "last" else real_TD.mean(0)
-        return vectors if at == "all" else torch.stack(vectors) if vectors else torch.empty(0, 0)
+        for row in rows:
+            self._check(row)
+        return encode_rows(self.model, rows, at, self.device)
 
     @torch.inference_mode()
     def update_weights(self, model: nn.Module) -> None:
         """From now on use this model's weights; whatever was cached with the old ones is dropped.
 
-        Running sequences go on: what they hold is read again. The engine refers to the module it is given, so a
-        training loop that changes the weights in place must call this before the next step, with the same module.
+        Running sequences go on: what they hold is read again. A training loop that changes the weights in place must call
+        this before the next step, with the same module: the engine's copy is refreshed then, in its memory.
         """
         self.model = model
-        self.vocab_size: int = model.spec.vocab_size  # type: ignore[union-attr,assignment]
-        self.context_length: int = model.spec.context_length  # type: ignore[union-attr,assignment]
-        parameter = next(model.parameters(), torch.empty(0))
-        self.device = parameter.device
-        self._cache = Cache(self.max_batch, self.device)
-        if not self._scheduler.running:
-            self._batch = Batch(self.max_batch, self.device)
+        spec: Any = model.spec
+        self.vocab_size: int = spec.vocab_size
+        self.context_length: int = spec.context_length
+        weight = next(model.parameters(), torch.empty(0))
+        self.device = weight.device
+        if not (self.pack and can_pack(model)):
+            self._packed = None
+        elif self._packed is not None:
+            self._packed.update(model)  # type: ignore[arg-type]
         else:
-            self._read(0, [self._so_far(row)[:-1] for row in range(len(self._scheduler.running))])
+            self._packed = PackedDecoder(model)  # type: ignore[arg-type]
+        self._runner: Any = self._packed or model
+        self._cache = Cache(
+            self.max_batch, self.device, max_tokens=self._memory_tokens(spec, weight), num_kept=self.num_kept
+        )
+        self._draws.clear()
+        for sequence in self._scheduler.running:
+            sequence.num_cached, sequence.leader = 0, None
+        self._scheduler.arrange([s for s in self._scheduler.running if s.num_left == 1])
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        newcomers = self._scheduler.next()
-        if not newcomers:
-            return
-        first = len(self._scheduler.running)
-        self._read(first, [sequence.prompt[:-1] for sequence in newcomers])
-        self._batch.write(first, newcomers)
-        self._scheduler.start(newcomers)
-        self._note_needs()
+        newcomers = self._scheduler.admit(self._fits)
+        for sequence in newcomers:
+            self._reuse(sequence)
+        for sequence in self._scheduler.running[self._scheduler.num_decoding :]:
+            leader = sequence.leader
+            if leader is not None and (leader.row < 0 or leader.num_cached >= sequence.num_shared):
+                sequence.leader = None
+                self._reuse(sequence)
+                newcomers.append(sequence)
+        if newcomers:
+            self._arrange()
 
-    def _read(self, first: int, rows: list[list[int]]) -> None:
-        """Put tokens into empty slots first, first + 1, ...; rows that are equal within a group are computed once."""
-        self._cache.clear(first, len(rows))
-        for group in groups([len(row) for row in rows], GROUP_TOKENS):
-            part = [tuple(row) for row in rows[group]]
-            distinct = list(dict.fromkeys(part))
-            slot = first + group.start
-            tokens_BT, lengths_B = self._pad(distinct)
-            if tokens_BT.shape[1] > 0:
-                self.model(tokens_BT, cache=self._cache.window(slot, len(distinct), tokens_BT.shape[1]))
-            self._cache.advance(slot, lengths_B)
-            number = {row: i for i, row in enumerate(distinct)}
-            self._cache.spread(slot, [number[row] for row in part])
-
-    def _decode(self) -> tuple[Tensor, Tensor, list[list[tuple[int, float]]]]:
-        """One pass over all running sequences and one draw for each; changes nothing until it has succeeded."""
-        n, batch = len(self._scheduler.running), self._batch
-        hidden_BTD = self.model(batch.last_B[:n, None], cache=self._cache.window(0, n, 1))
-        logits_BV = self.model.logits(hidden_BTD[:, -1])
+    def _fits(self, sequence: Sequence) -> bool:
         running = self._scheduler.running
-        adjusted_BV = adjusted(logits_BV, [one.adjustment for one in running]) if self._needs_adjusting else None
-        tokens_B, logprobs_B = sample(
-            logits_BV,
-            batch.temperature_B[:n],
-            uniform(batch.seed_B[:n], batch.position_B[:n]) if self._needs_noise else None,
-            has_greedy=self._has_greedy,
-            top_k_B=batch.top_k_B[:n] if self._needs_filters else None,
-            top_p_B=batch.top_p_B[:n] if self._needs_filters else None,
-            min_p_B=batch.min_p_B[:n] if self._needs_min_p else None,
-            adjusted_BV=adjusted_BV,
-            planned_B=batch.planned(n) if self._needs_forced else None,
-        )
-        top: list[list[tuple[int, float]]] = []
-        if num := max(sequence.params.top_logprobs for sequence in running):
-            ids_BK, top_BK = alternatives(logits_BV, batch.temperature_B[:n], tokens_B, logprobs_B, num)
-            top = [list(zip(*row, strict=True)) for row in zip(ids_BK.tolist(), top_BK.tolist(), strict=True)]
-        self._cache.advance(0, torch.ones_like(tokens_B))
-        return tokens_B, logprobs_B, top
+        longest = max([sequence.num_promised, *(other.num_promised for other in running)])
+        return self._cache.max_tokens == 0 or (len(running) + 1) * longest <= self._cache.max_tokens
 
-    def _record(self, tokens_B: Tensor, logprobs_B: Tensor, top: list[list[tuple[int, float]]]) -> list[int]:
-        """Note the new tokens; returns the rows whose reply is finished, having put their outputs aside."""
-        is_stop_B, is_full_B = self._batch.append(tokens_B, logprobs_B)
-        if self._needs_adjusting:
-            self._feed_adjustments(tokens_B)
-        for sequence, alternatives_K in zip(self._scheduler.running, top, strict=bool(top)):
-            sequence.top_logprobs.append(alternatives_K[: sequence.params.top_logprobs])
-        matches = self._match_stop_strings(tokens_B) if self._needs_stop_strings else {}
-        done = (is_stop_B | is_full_B).nonzero().flatten().tolist()
-        for row in sorted({*done, *matches}):
-            if row in matches:
-                output = self._output(row, "stop", *matches[row])
-            elif is_stop_B[row]:
-                output = self._output(row, "stop", int(tokens_B[row]))
-            else:
-                output = self._output(row, "length")
-            self._unclaimed.append(output)
-        return sorted({*done, *matches})
-
-    def _feed_adjustments(self, tokens_B: Tensor) -> None:
-        num_replies = self._batch.num_reply_B[: len(tokens_B)].tolist()
-        for sequence, token, num_reply in zip(self._scheduler.running, tokens_B.tolist(), num_replies, strict=True):
-            if sequence.adjustment is not None:
-                sequence.adjustment.feed(token, is_drawn=num_reply > len(sequence.params.forced))
-
-    def _match_stop_strings(self, tokens_B: Tensor) -> dict[int, tuple[str, int]]:
-        matches = {}
-        for row, (sequence, token) in enumerate(zip(self._scheduler.running, tokens_B.tolist(), strict=True)):
-            if sequence.stop_strings is None:
-                continue
-            if int(self._batch.num_reply_B[row]) <= max(len(sequence.params.forced), sequence.params.min_tokens):
-                sequence.stop_strings.skip(token)
-            elif (match := sequence.stop_strings.feed(token)) is not None:
-                matches[row] = match
-        return matches
-
-    def _output(self, row: int, finish: Finish, stop: int | str | None = None, text_bytes: int | None = None) -> Output:
-        sequence, ids = self._scheduler.running[row], self._batch.reply(row)
-        params = sequence.params
-        return Output(
-            id=sequence.id,
-            ids=ids,
-            finish=finish,
-            logprobs=self._batch.logprobs(row) if params.logprobs else [],
-            num_forced=min(len(params.forced), len(ids)),
-            is_biased=params.is_biased,
-            stop=stop,
-            text_bytes=text_bytes,
-            top_logprobs=sequence.top_logprobs if params.top_logprobs else [],
-            prompt_logprobs=self._about_prompt(sequence),
-        )
-
-    def _about_prompt(self, sequence: Sequence) -> list[float]:
-        if not sequence.params.prompt_logprobs:
-            return []
-        return self.score([sequence.prompt], sequence.params.temperature or 1.0)[0]
-
-    def _release(self, rows: list[int]) -> None:
-        if not rows:
+    def _reuse(self, sequence: Sequence) -> None:
+        """Copy what the shelf or another slot holds of these tokens; if one that is being read will hold more, wait for it."""
+        most = len(sequence.tokens) - 1  # the last one must pass: the next is drawn from what it gives
+        if self.batch_invariant or sequence.params.prompt_logprobs or most < MIN_REUSE:
             return
-        into, out_of = self._scheduler.leave(rows)
-        if into:
-            self._cache.move(into, out_of)
-            self._batch.move(into, out_of)
+        kept, best = self._cache.shelf.find(sequence.tokens, sequence.key)
+        best, source, later = min(best, most), None, 0
+        for other in self._scheduler.running:
+            if other is sequence or other.key != sequence.key or other.leader is not None:
+                continue
+            shared = min(most, num_shared(other.tokens, sequence.tokens))
+            if (now := min(shared, other.num_cached)) >= max(best, MIN_REUSE):
+                best, source = now, other
+            is_before = (
+                other.id < sequence.id and other.is_background <= sequence.is_background
+            )  # so nobody waits in a ring
+            if is_before and shared >= later + MIN_REUSE and shared > other.num_cached:
+                later, sequence.leader = shared, other
+        if best > sequence.num_cached:
+            if source is not None:
+                self._cache.copy(sequence.row, source.row, sequence.num_cached, best)
+            elif kept is not None:
+                self._cache.take(sequence.row, kept, best)
+            sequence.num_reused += min(best, sequence.num_prompt) - min(sequence.num_cached, sequence.num_prompt)
+            sequence.num_cached = best
+        sequence.num_shared = later
+        if later < sequence.num_cached + MIN_REUSE:
+            sequence.leader = None
 
-    def _note_needs(self) -> None:
-        # only when sequences join: after some have left, a step may do more than is needed, never less
-        running = [sequence.params for sequence in self._scheduler.running]
-        self._needs_noise = any(params.temperature > 0 for params in running)
-        self._has_greedy = any(params.temperature == 0 for params in running)
-        self._needs_filters = any(params.top_k > 0 or params.top_p < 1 for params in running)
-        self._needs_min_p = any(params.min_p > 0 for params in running)
-        self._needs_adjusting = any(params.is_adjusted for params in running)
-        self._needs_forced = any(params.forced for params in running)
-        self._needs_stop_strings = any(params.stop_strings for params in running)
+    def _passes(self) -> Iterator[tuple[list[Sequence], list[tuple[Sequence, int]]]]:
+        """Who goes through the model together: those that bring one token each, and chunks of prompts."""
+        scheduler = self._scheduler
+        if not scheduler.running:
+            return
+        decoding = scheduler.running[: scheduler.num_decoding]
+        if not self.batch_invariant:
+            chunks = scheduler.chunks(self.step_tokens if decoding else max(self.step_tokens, IDLE_TOKENS))
+            self._cache.reserve(len(scheduler.running), max(len(s.tokens) for s in scheduler.running))
+            yield decoding, chunks
+            return
+        self._cache.reserve(len(scheduler.running), max(len(s.tokens) for s in scheduler.running))
+        alone: list[tuple[list[Sequence], list[tuple[Sequence, int]]]] = [([sequence], []) for sequence in decoding]
+        budget = self.step_tokens
+        for sequence in scheduler.running[scheduler.num_decoding :]:  # a chunk's borders depend on its own prompt alone
+            if budget > 0:
+                alone.append(([], [(sequence, min(sequence.num_left, self.step_tokens))]))
+                budget -= alone[-1][1][0][1]
+        yield from alone
+
+    def _pass(self, decoding: list[Sequence], chunks: list[tuple[Sequence, int]]) -> tuple[list[Sequence], Drawn]:
+        """One pass and one draw for each sequence that has no tokens left; nothing has changed until the pass succeeded."""
+        stretches = [Stretch(sequence.row, sequence.num_cached, num) for sequence, num in chunks]
+        ids = [sequence.tokens[-1] for sequence in decoding]
+        ends = []
+        for sequence, num in chunks:
+            ids += sequence.tokens[sequence.num_cached : sequence.num_cached + num]
+            ends.append(len(ids) - 1)
+        first = decoding[0].row if decoding else 0
+        window = self._cache.window([sequence.num_cached for sequence in decoding], stretches, first=first)
+        hidden_ND = self._runner(torch.tensor([ids], device=self.device), cache=window)[0]
+        drawing, at = list(decoding), list(range(len(decoding)))
+        for (sequence, num), end in zip(chunks, ends, strict=True):
+            self._score_prompt(sequence, hidden_ND[end + 1 - num : end + 1])
+            if num == sequence.num_left:
+                drawing.append(sequence)
+                at.append(end)
+        drawn: Drawn = ([], [], [])
+        if drawing:
+            drawn = self._draw(drawing, hidden_ND[at] if chunks else hidden_ND)
+        for sequence, num in (*((sequence, 1) for sequence in decoding), *chunks):
+            sequence.num_cached += num
+        return drawing, drawn
+
+    def _draw(self, drawing: list[Sequence], hidden_BD: Tensor) -> Drawn:
+        draw = self._draws.get(drawing[0].id)
+        if draw is None or draw.sequences != drawing:
+            if not self.batch_invariant:
+                self._draws.clear()
+            draw = self._draws[drawing[0].id] = Draw(drawing, self.device)
+        return draw(self._runner.logits(hidden_BD))
+
+    def _score_prompt(self, sequence: Sequence, hidden_ND: Tensor) -> None:
+        if not sequence.params.prompt_logprobs:
+            return
+        done = len(sequence.prompt_scores.logprobs) - sequence.num_cached  # above 0 after new weights: it is read again
+        targets = sequence.tokens[sequence.num_cached + 1 : sequence.num_prompt][: len(hidden_ND)]
+        if done < len(targets):
+            targets_N = torch.tensor(targets[done:], device=self.device)
+            hidden_ND = hidden_ND[done : len(targets)]
+            temperature = sequence.params.temperature or 1.0
+            more = score_tokens(self.model, hidden_ND, targets_N, temperature, sequence.params.top_logprobs)
+            sequence.prompt_scores.extend(more)
+
+    def _record(self, drawing: list[Sequence], drawn: Drawn) -> None:
+        """Note the new tokens; replies that are finished leave, and prompts that have been read begin to decode."""
+        gone = []
+        for sequence, token, logprob, top in zip(drawing, *drawn, strict=True):
+            if (output := sequence.append(token, logprob, top)) is not None:
+                self._unclaimed.append(output)
+                gone.append(sequence)
+        if gone:
+            self._release(gone)
+
+    def _release(self, gone: list[Sequence]) -> None:
+        for sequence in gone:
+            self._cache.keep(sequence.row, sequence.tokens[: sequence.num_cached], sequence.key)
+            del self._sequences[sequence.id]
+            self._draws.pop(sequence.id, None)
+        self._scheduler.leave(gone)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        running = self._scheduler.running
+        into, out_of = self._scheduler.arrange([sequence for sequence in running if sequence.num_left == 1])
+        if into:
+            self._cache.move(into, out_of, max(self._scheduler.running[row].num_cached for row in into))
+
+    def check(self) -> None:
+        """Asserts that the books agree: every request in one place, every row free or used, memory within its bound."""
+        self._scheduler.check()
+        self._cache.check()
+        scheduler = self._scheduler
+        everyone = {sequence.id: sequence for sequence in (*scheduler.running, *scheduler.waiting())}
+        assert everyone == self._sequences, "a request is lost, or kept after its end"
+        for sequence in scheduler.running:
+            is_decoding = sequence.row < scheduler.num_decoding
+            assert (sequence.num_left == 1) == is_decoding and sequence.num_left >= 1, (
+                "a sequence stands in a wrong row"
+            )
+            assert len(sequence.tokens) <= sequence.num_promised, "a sequence has outgrown what was reserved for it"
+            assert sequence.leader is None or sequence.leader is not sequence, "a sequence waits for itself"
 
     # -- rows ---------------------------------------------------------------------------------------------------------
-
-    def _so_far(self, row: int) -> list[int]:
-        return self._scheduler.running[row].prompt + self._batch.reply(row)
 
     def _check(self, row: Many[int], forced: Many[int] = ()) -> None:
         if not row:
@@ -394,26 +461,13 @@ class Engine:
                     hint="was the text encoded with another tokenizer?",
                 )
 
-    def _pad(self, rows: Many[Many[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in rows)
-        padded = [[*row, *([0] * (width - len(row)))] for row in rows]
-        lengths_B = torch.tensor([len(row) for row in rows], device=self.device)
-        return torch.tensor(padded, dtype=torch.long, device=self.device).view(len(rows), width), lengths_B
-
-    def _grouped(self, rows: Many[Many[int]]) -> Generator[tuple[list[int], Tensor, Tensor], None, None]:
-        """Rows of similar length together, right padded: their indices, tokens_BT, lengths_B."""
-        for row in rows:
-            self._check(row)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for group in groups([len(rows[i]) for i in order], GROUP_TOKENS):
-            indices = order[group]
-            yield indices, *self._pad([rows[i] for i in indices])
-
-    def _chosen(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-        block = max(1, LOGIT_CELLS // self.vocab_size)
-        parts = []
-        for start in range(0, len(targets_N), block):
-            logits_NV = self.model.logits(hidden_ND[start : start + block]).float() / temperature
-            chosen_N = logits_NV.gather(1, targets_N[start : start + block, None]).squeeze(1)
-            parts.append(chosen_N - logits_NV.logsumexp(1))
-        return torch.cat(parts)
+    def _memory_tokens(self, spec: Any, weight: Tensor) -> int:
+        """How many tokens of keys and values the memory has room for: never fewer than one whole context; 0: no bound."""
+        if not hasattr(spec, "num_kv_heads"):
+            return 0
+        num_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * weight.element_size()
+        has = machine.memory_bytes()
+        if self.device.type == "cuda":
+            has = torch.cuda.get_device_properties(self.device).total_memory
+        limit = self.max_bytes if self.max_bytes is not None else int(MEMORY_SHARE * has)
+        return max(limit // num_bytes, self.context_length) if limit else 0

@@ -1,13 +1,14 @@
-"""One request and its state: the sequence, what comes back of it, and the running sequences' state as tensors.
+"""One request and its state: the sequence, what comes back of it, and the sampler's settings of those that draw.
 
-A `Sequence` is what the engine knows of one request in Python. Whatever a decode step touches lies in `Batch`, one row
-per running sequence, so that a step costs the same few tensor operations for one sequence and for two hundred.
+A `Sequence` is all that the engine knows of one request, as Python lists: a step appends to them, which costs less than a
+column of a tensor does. Only what the sampler reads are tensors (`Draw`), and they are made anew when others draw.
 
-Shapes: B rows, T time (tokens of the reply), S stop tokens.
+Shapes: B rows that draw, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,10 +16,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lyceum.engine.adjust import Adjustment
-from lyceum.engine.sampling import SamplingParams, signed64
+from lyceum.engine.adjust import Adjustment, adjusted
+from lyceum.engine.sampling import SamplingParams, alternatives, sample, signed64, uniform
 
-Finish = Literal["stop", "length", "abort"]
+Finish = Literal["stop", "length", "context", "abort"]
+Top = list[tuple[int, float]]  # the most probable tokens with their log-probabilities, best first
+Drawn = tuple[list[int], list[float], list[Top]]  # of each row: the token, its log-probability, those beside it
+Processor = Callable[[Tensor, list[int]], Tensor]  # logits_V and the reply's ids so far -> logits_V
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of tokens that are given: of each the log-probability, and how many tokens are more probable.
+
+    top: of each, the most probable tokens with their log-probabilities, as many as were asked for.
+    """
+
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    top: list[Top] = field(default_factory=list)
+
+    def extend(self, more: Scores) -> None:
+        """Add those of the tokens that follow."""
+        self.logprobs.extend(more.logprobs)
+        self.ranks.extend(more.ranks)
+        self.top.extend(more.top)
 
 
 @dataclass(frozen=True)
@@ -26,24 +48,26 @@ class Output:
     """A finished reply.
 
     ids: the reply, its stop token included if it hit one. logprobs: of each id at the request's temperature, before
-    filters (greedy: at temperature 1); empty unless asked for. finish: "stop" (stop token or string), "length"
-    (max_tokens or the context is full), "abort". num_forced: so many ids at the start were given, not drawn. is_biased:
-    the ids were not drawn from the distribution that `logprobs` describes (top-k, top-p or greedy), so they must not
-    feed a policy gradient. stop: the token or string that ended it. text_bytes: bytes of the text before the stop
-    string; None when no stop string ended it. top_logprobs: for each id, the most probable tokens with their
-    log-probabilities, best first. prompt_logprobs: of each token of the prompt but the first.
+    filters (greedy: at temperature 1); empty unless asked for. top_logprobs: beside each, the most probable tokens, best
+    first. finish: "stop" (stop token or string), "length" (max_tokens), "context" (the model's context is full), "abort".
+    num_forced: so many ids at the start were given, not drawn. is_biased: the ids were not drawn from the distribution
+    that `logprobs` describes (a filter, greedy, or changed logits), so they must not feed a policy gradient. stop: the
+    token or string that ended it. text_bytes: bytes of the text before the stop string; None when no stop string ended
+    it. prompt: scores of the prompt's tokens but the first, at the same temperature; None unless asked for. num_reused:
+    tokens of the prompt that were not read again.
     """
 
     id: int
     ids: list[int]
     finish: Finish
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Top] = field(default_factory=list)
     num_forced: int = 0
     is_biased: bool = False
     stop: int | str | None = None
     text_bytes: int | None = None
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt: Scores | None = None
+    num_reused: int = 0
 
 
 class StopStrings:
@@ -78,111 +102,152 @@ class StopStrings:
         return self._wanted[wanted], start + at
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A request: waiting, then running in one row. limit: most reply tokens, by max_tokens and by the context."""
+    """A request: waiting, then running in one row.
+
+    tokens: the prompt, then the reply. limit: most reply tokens, by max_tokens and by the context. adjustment: what the
+    request adds to the logits. key: who asks. row: its slot, -1 while it has none. num_cached: how many of its tokens the
+    slot holds. leader: a running sequence whose slot will hold the first num_shared of them too, and which is waited for.
+    """
 
     id: int
-    prompt: list[int]
+    tokens: list[int]
     params: SamplingParams
     limit: int
     stop_strings: StopStrings | None = None
     adjustment: Adjustment | None = None
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    key: str = ""
+    is_background: bool = False
+    processor: Processor | None = None
+    row: int = -1
+    num_cached: int = 0
+    num_reused: int = 0
+    leader: Sequence | None = None
+    num_shared: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Top] = field(default_factory=list)
+    prompt_scores: Scores = field(default_factory=Scores)
 
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        p = self.params
+        # nothing but the most probable token is asked for
+        is_plain = not (self.processor or p.is_adjusted or p.forced or p.logprobs or p.top_logprobs)
+        self.is_argmax = p.temperature == 0 and is_plain
+        self.stop_ids = frozenset(p.stop_ids)
 
-class Batch:
-    """The running sequences' state, row i for the i-th of them; rows in use are always 0..n-1.
+    @property
+    def reply(self) -> list[int]:
+        """Ids it has been given so far."""
+        return self.tokens[self.num_prompt :]
 
-    last_B: the newest token, not yet in the cache. position_B: where the next token will stand in the sequence.
-    reply_BT: the reply so far; beyond it, forced tokens yet to come, -1 elsewhere. logprob_BT: beside it.
-    """
+    @property
+    def num_left(self) -> int:
+        """Tokens that the model has not seen: 1 while it is decoding, more while its prompt is being read."""
+        return len(self.tokens) - self.num_cached
 
-    def __init__(self, num_rows: int, device: torch.device):
-        def whole() -> Tensor:
-            return torch.zeros(num_rows, dtype=torch.long, device=device)
+    @property
+    def num_promised(self) -> int:
+        """Tokens that it may come to."""
+        return self.num_prompt + self.limit
 
-        self.last_B, self.position_B, self.num_reply_B, self.limit_B, self.seed_B = (
-            whole(),
-            whole(),
-            whole(),
-            whole(),
-            whole(),
+    def append(self, token: int, logprob: float, top: Top) -> Output | None:
+        """Add a token; returns what has become of the request if that was its last."""
+        if self.limit == 0:  # it only wanted its prompt scored
+            return self.output()
+        self.tokens.append(token)
+        p, num_reply = self.params, len(self.tokens) - self.num_prompt
+        if p.logprobs:
+            self.logprobs.append(logprob)
+        if p.top_logprobs:
+            self.top_logprobs.append(top[: p.top_logprobs])
+        is_forced = num_reply <= len(p.forced)
+        if self.adjustment is not None:
+            self.adjustment.feed(token, is_drawn=not is_forced)
+        if self.stop_strings is not None:
+            if is_forced or num_reply <= p.min_tokens:
+                self.stop_strings.skip(token)
+            elif (match := self.stop_strings.feed(token)) is not None:
+                return self.output("stop", *match)
+        if token in self.stop_ids and not is_forced:
+            return self.output("stop", token)
+        return self.output() if num_reply >= self.limit else None
+
+    def output(
+        self, finish: Finish | None = None, stop: int | str | None = None, text_bytes: int | None = None
+    ) -> Output:
+        """What it has, for this reason; by default, because it is at its limit."""
+        ids = self.reply
+        return Output(
+            id=self.id,
+            ids=ids,
+            finish=finish or ("length" if self.limit == self.params.max_tokens else "context"),
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            num_forced=min(len(self.params.forced), len(ids)),
+            is_biased=self.params.is_biased or self.processor is not None,
+            stop=stop,
+            text_bytes=text_bytes,
+            prompt=self.prompt_scores if self.params.prompt_logprobs else None,
+            num_reused=self.num_reused,
         )
-        self.top_k_B = whole()
-        self.top_p_B = torch.ones(num_rows, dtype=torch.float64, device=device)
-        self.min_p_B = torch.zeros(num_rows, device=device)
-        self.temperature_B = torch.ones(num_rows, device=device)
-        self.stop_BS = torch.full((num_rows, 4), -1, device=device)
-        self.reply_BT = torch.full((num_rows, 64), -1, device=device)
-        self.logprob_BT = torch.zeros(num_rows, 64, device=device)
-        self.rows_B = torch.arange(num_rows, device=device)
 
-    def write(self, first: int, sequences: Many[Sequence]) -> None:
-        """Put sequences that are about to start into rows first, first + 1, ..."""
+
+class Draw:
+    """One draw for each of these sequences, again and again; their settings stand ready as tensors."""
+
+    def __init__(self, sequences: Many[Sequence], device: torch.device):
+        self.sequences = list(sequences)
+        self._device = device
         params = [sequence.params for sequence in sequences]
-        rows = slice(first, first + len(sequences))
-        device = self.rows_B.device
-        self._widen(max(sequence.limit for sequence in sequences), max(len(p.stop_ids) for p in params))
+        self._is_argmax = all(sequence.is_argmax for sequence in sequences)
+        self._has_greedy = any(p.temperature == 0 for p in params)
+        self._has_forced = any(p.forced for p in params)
+        self._processed = [(i, it.processor) for i, it in enumerate(sequences) if it.processor is not None]
+        self._temperature_B = torch.tensor([p.temperature for p in params], dtype=torch.float, device=device)
+        self._adjustments = [sequence.adjustment for sequence in sequences]
+        self._is_adjusted = any(adjustment is not None for adjustment in self._adjustments)
+        self._num_top = max(p.top_logprobs for p in params)
+        self._seed_B = self._top_k_B = self._top_p_B = self._min_p_B = None
+        if any(p.temperature > 0 for p in params):
+            self._seed_B = torch.tensor([signed64(p.seed) for p in params], device=device)
+        if any(p.top_k > 0 or p.top_p < 1 for p in params):
+            self._top_k_B = torch.tensor([p.top_k for p in params], device=device)
+            self._top_p_B = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+        if any(p.min_p > 0 for p in params):
+            self._min_p_B = torch.tensor([p.min_p for p in params], dtype=torch.float, device=device)
 
-        self.last_B[rows] = torch.tensor([sequence.prompt[-1] for sequence in sequences], device=device)
-        self.position_B[rows] = torch.tensor([len(sequence.prompt) for sequence in sequences], device=device)
-        self.limit_B[rows] = torch.tensor([sequence.limit for sequence in sequences], device=device)
-        self.num_reply_B[rows] = 0
-        self.seed_B[rows] = torch.tensor([signed64(p.seed) for p in params], device=device)
-        self.top_k_B[rows] = torch.tensor([p.top_k for p in params], device=device)
-        self.top_p_B[rows] = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-        self.min_p_B[rows] = torch.tensor([p.min_p for p in params], dtype=torch.float, device=device)
-        self.temperature_B[rows] = torch.tensor([p.temperature for p in params], dtype=torch.float, device=device)
-        self.stop_BS[rows] = -1
-        self.reply_BT[rows] = -1
-        for row, p in enumerate(params, first):
-            if p.stop_ids:
-                self.stop_BS[row, : len(p.stop_ids)] = torch.tensor(p.stop_ids, device=device)
-            if p.forced:
-                forced = p.forced[: self.reply_BT.shape[1]]
-                self.reply_BT[row, : len(forced)] = torch.tensor(forced, device=device)
+    def __call__(self, logits_BV: Tensor) -> Drawn:
+        """The next token of each, its log-probability, and the most probable ones (0 and none where nobody asks)."""
+        top: list[Top] = [[]] * len(self.sequences)
+        if self._is_argmax:
+            return logits_BV.argmax(-1).tolist(), [0.0] * len(self.sequences), top
+        for i, processor in self._processed:
+            logits_BV[i] = processor(logits_BV[i], self.sequences[i].reply)
+        noise_B = planned_B = None
+        if self._seed_B is not None:
+            positions = [len(sequence.tokens) for sequence in self.sequences]
+            noise_B = uniform(self._seed_B, torch.tensor(positions, device=self._device))
+        if self._has_forced:
+            planned_B = torch.tensor([self._planned(sequence) for sequence in self.sequences], device=self._device)
+        tokens_B, logprobs_B = sample(
+            logits_BV,
+            self._temperature_B,
+            noise_B,
+            has_greedy=self._has_greedy,
+            top_k_B=self._top_k_B,
+            top_p_B=self._top_p_B,
+            min_p_B=self._min_p_B,
+            adjusted_BV=adjusted(logits_BV, self._adjustments) if self._is_adjusted else None,
+            planned_B=planned_B,
+        )
+        if self._num_top:
+            ids_BK, top_BK = alternatives(logits_BV, self._temperature_B, tokens_B, logprobs_B, self._num_top)
+            top = [list(zip(*row, strict=True)) for row in zip(ids_BK.tolist(), top_BK.tolist(), strict=True)]
+        return tokens_B.tolist(), logprobs_B.tolist(), top
 
-    def planned(self, n: int) -> Tensor:
-        """The forced token that comes next in rows 0..n-1, -1 where none does."""
-        return self.reply_BT[self.rows_B[:n], self.num_reply_B[:n]]
-
-    def append(self, tokens_B: Tensor, logprobs_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one token to rows 0..n-1. Returns which hit a stop token (forced ones do not count), which are full."""
-        n = len(tokens_B)
-        rows_B, num_reply_B = self.rows_B[:n], self.num_reply_B[:n]
-        is_free_B = self.reply_BT[rows_B, num_reply_B] < 0
-        self.reply_BT[rows_B, num_reply_B] = tokens_B
-        self.logprob_BT[rows_B, num_reply_B] = logprobs_B
-        self.last_B[:n] = tokens_B
-        num_reply_B += 1
-        self.position_B[:n] += 1
-        is_stop_B = (tokens_B.unsqueeze(1) == self.stop_BS[:n]).any(1) & is_free_B
-        return is_stop_B, num_reply_B >= self.limit_B[:n]
-
-    def move(self, into: list[int], out_of: list[int]) -> None:
-        """Copy whole rows: a running sequence moves into the row of one that has left."""
-        for name, column in vars(self).items():
-            if name != "rows_B":
-                column[into] = column[out_of]
-
-    def reply(self, row: int, start: int = 0) -> list[int]:
-        """Ids of the reply in a row, from `start` on."""
-        return self.reply_BT[row, start : int(self.num_reply_B[row])].tolist()
-
-    def logprobs(self, row: int) -> list[float]:
-        """Log-probability of every id of the reply in a row."""
-        return self.logprob_BT[row, : int(self.num_reply_B[row])].tolist()
-
-    def _widen(self, num_tokens: int, num_stops: int) -> None:
-        if num_stops > self.stop_BS.shape[1]:
-            self.stop_BS = _wider(self.stop_BS, num_stops, -1)
-        if num_tokens > self.reply_BT.shape[1]:
-            width = max(num_tokens, 2 * self.reply_BT.shape[1])
-            self.reply_BT, self.logprob_BT = _wider(self.reply_BT, width, -1), _wider(self.logprob_BT, width, 0)
-
-
-def _wider(old_BT: Tensor, width: int, fill: float) -> Tensor:
-    new_BT = old_BT.new_full((old_BT.shape[0], width), fill)
-    new_BT[:, : old_BT.shape[1]] = old_BT
-    return new_BT
+    @staticmethod
+    def _planned(sequence: Sequence) -> int:
+        num_reply = len(sequence.tokens) - sequence.num_prompt
+        return sequence.params.forced[num_reply] if num_reply < len(sequence.params.forced) else -1

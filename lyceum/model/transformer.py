@@ -67,12 +67,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the hidden states (B, T, D) after the final norm.
 
-        Rows are right-padded: what stands after a token never reaches it, so no mask is needed. With a cache the
-        tokens continue what the cache holds. Noise, if given, is added to the embeddings. Raises UsageError when a
-        row is longer than the context.
+        Rows are right-padded: what stands after a token never reaches it, so no mask is needed. With a cache there is
+        one row: the new tokens of several sequences, one behind the other, each continuing what the cache holds of its
+        own. Noise, if given, is added to the embeddings. Raises UsageError when a row is longer than the context.
         """
         num_new = tokens_BT.shape[1]
-        if num_new > self.spec.context_length:
+        if cache is None and num_new > self.spec.context_length:
             raise UsageError(
                 f"a row of {num_new} tokens does not fit the model's context of {self.spec.context_length}",
                 hint="cut the row, or raise context_length in [model] and train again.",

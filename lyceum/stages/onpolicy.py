@@ -333,7 +333,7 @@ class OnPolicy(Stage[Batch]):
     def engine(self) -> Engine:
         """The sampler over the policy as it is now."""
         if not hasattr(self, "_engine"):
-            self._engine = Engine(self.policy, max_batch=self.config.engine_batch)
+            self._engine = Engine(self.policy, max_batch=self.config.engine_batch, num_kept=0)
         else:
             self._engine.update_weights(self.policy)
         return self._engine

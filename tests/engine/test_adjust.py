@@ -186,17 +186,19 @@ def test_alternatives_and_prompt_come_with_their_log_probabilities(decoder: Deco
     prompt = [1, 2, 3]
     params = SamplingParams(5, seed=3, temperature=0.8, logprobs=True, top_logprobs=4, prompt_logprobs=True)
     plain, output = Engine(decoder).generate([prompt, prompt], [SamplingParams(5, seed=3, temperature=0.8), params])
-    assert plain.ids == output.ids and plain.top_logprobs == [] == plain.prompt_logprobs
+    assert plain.ids == output.ids and plain.top_logprobs == [] and plain.prompt is None
     row = prompt + output.ids
     logits_TV = decoder.logits(decoder(torch.tensor([row])))[0, :-1]
     logprobs_TV = torch.log_softmax(logits_TV / 0.8, -1).detach()
     expected = logprobs_TV.gather(1, torch.tensor(row[1:]).unsqueeze(1)).squeeze(1).tolist()
-    assert output.prompt_logprobs + output.logprobs == pytest.approx(expected, abs=1e-4)
+    assert output.prompt is not None
+    assert output.prompt.logprobs + output.logprobs == pytest.approx(expected, abs=1e-4)
     for ids, logprob, top, own_V in zip(output.ids, output.logprobs, output.top_logprobs, logprobs_TV[2:], strict=True):
         assert [token for token, _ in top] == own_V.topk(4).indices.tolist()
         assert [value for _, value in top] == pytest.approx(own_V.topk(4).values.tolist(), abs=1e-4)
         assert dict(top).get(ids, logprob) == logprob
-    assert Engine(decoder).generate([prompt], SamplingParams(0, prompt_logprobs=True))[0].prompt_logprobs != []
+    (only_prompt,) = Engine(decoder).generate([prompt], SamplingParams(0, prompt_logprobs=True))
+    assert only_prompt.ids == [] and only_prompt.prompt is not None and len(only_prompt.prompt.logprobs) == 2
 
 
 def test_the_best_of_several_are_those_the_model_finds_likeliest(decoder: Decoder) -> None:

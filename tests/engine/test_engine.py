@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import copy
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from lyceum.engine import engine as engine_module
+from lyceum.engine import cache as cache_module
+from lyceum.engine import score as score_module
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
@@ -51,36 +53,154 @@ def run_until_idle(engine: Engine) -> dict[int, Output]:
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=10)
-@given(st.data())
-def test_cached_decoding_equals_the_full_forward_whoever_comes_and_goes(decoder: Decoder, data: st.DataObject) -> None:
-    engine = Engine(decoder, max_batch=data.draw(st.integers(1, 5)))
-    prompts: dict[int, list[int]] = {}
-    outputs: dict[int, Output] = {}
-    for _ in range(data.draw(st.integers(1, 25))):
-        for _ in range(data.draw(st.integers(0, 3))):
-            prompt = data.draw(
-                st.sampled_from(PROMPTS) | st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT)
+class Crowd:
+    """People who come and go at random, and what they were given: new prompts, stems that many share, further turns."""
+
+    def __init__(self, engine: Engine, seed: int, abort_rate: float = 0.15, max_tokens: int = 12):
+        self.engine = engine
+        self.random = random.Random(seed)
+        self.abort_rate = abort_rate
+        self.max_tokens = max_tokens
+        self.stems = [[self.random.randrange(VOCAB) for _ in range(length)] for length in (8, 12, 20, 30)]
+        self.prompts: dict[int, list[int]] = {}
+        self.temperatures: dict[int, float] = {}
+        self.outputs: dict[int, Output] = {}
+        self.growing: dict[int, list[int]] = {}
+
+    def come(self) -> None:
+        draw = self.random
+        tail = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 9))]
+        kind = draw.randrange(4)
+        prompt = tail if kind == 0 else draw.choice(self.stems) + (tail if kind == 1 else tail[:1])
+        if kind == 3 and self.outputs:
+            last = draw.choice(sorted(self.outputs))
+            prompt = self.prompts[last] + self.outputs[last].ids + tail
+        prompt = prompt[:CONTEXT]
+        params = SamplingParams(
+            draw.randint(0, self.max_tokens),
+            temperature=draw.choice([0.0, 0.7, 1.0]),
+            seed=len(self.prompts),
+            stop_ids=(0, 1),
+            forced=draw.choice([(), (), (3, 5)]),
+            logprobs=True,
+            top_logprobs=2,
+            prompt_logprobs=draw.random() < 0.25,
+        )
+        for _ in range(draw.choice([1, 1, 1, 3])):  # several replies to one prompt
+            id = self.engine.add(
+                prompt,
+                params,
+                key=draw.choice("abc"),
+                is_background=draw.random() < 0.2,
             )
-            forced = data.draw(st.sampled_from([(), (3, 5)]))
-            params = SamplingParams(
-                data.draw(st.integers(1, 12)), seed=len(prompts), stop_ids=(0, 1), forced=forced, logprobs=True
-            )
-            prompts[engine.add(prompt, params)] = prompt
-        if prompts and data.draw(st.booleans()):
-            id = data.draw(st.sampled_from(sorted(prompts)))
-            if (output := engine.abort(id)) is not None:
-                outputs[id] = output
-                assert output.finish == "abort"
-        for output in engine.step():
-            assert output.id not in outputs
-            outputs[output.id] = output
-    outputs |= run_until_idle(engine)
-    for id, output in outputs.items():
-        assert len(output.logprobs) == len(output.ids)
-        if output.ids:
-            expected = training_logprobs(decoder, prompts[id] + output.ids)[len(prompts[id]) - 1 :]
-            assert output.logprobs == pytest.approx(expected, abs=1e-4)
+            self.prompts[id], self.growing[id], self.temperatures[id] = prompt, [], params.temperature or 1.0
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.take(output)
+        for id, seen in self.growing.items():
+            seen += self.engine.reply(id, len(seen))
+
+    def take(self, output: Output) -> None:
+        assert output.id not in self.outputs, "answered twice"
+        assert output.ids[: len(self.growing[output.id])] == self.growing.pop(output.id), "a token was lost, or twice"
+        self.outputs[output.id] = output
+
+    def abort_some(self) -> None:
+        for id in list(self.growing):
+            if self.random.random() < self.abort_rate / 10:
+                output = self.engine.abort(id)
+                if output is not None:
+                    assert output.finish == "abort"
+                    self.take(output)
+                else:  # a limit of 0: finished when it came
+                    del self.growing[id], self.prompts[id]
+
+    def pass_through(self, num_requests: int) -> None:
+        while len(self.prompts) < num_requests or not self.engine.is_idle:
+            if len(self.prompts) < num_requests and len(self.growing) < 40:
+                for _ in range(self.random.randint(0, 3)):
+                    self.come()
+            self.abort_some()
+            self.step()
+        assert not self.growing, "a request was never answered"
+
+    def check(self, decoder: Decoder, ids: list[int] | None = None) -> None:
+        for id in self.outputs if ids is None else ids:
+            output, prompt = self.outputs[id], self.prompts[id]
+            expected = training_logprobs(decoder, prompt + output.ids, self.temperatures[id])
+            assert len(output.logprobs) == len(output.ids)
+            assert output.logprobs == pytest.approx(expected[len(prompt) - 1 :], abs=1e-4)
+            if output.prompt is not None and output.finish != "abort":
+                assert output.prompt.logprobs == pytest.approx(
+                    training_logprobs(decoder, prompt, self.temperatures[id]), abs=1e-4
+                )
+                for logprob, rank, top in zip(*vars(output.prompt).values(), strict=True):
+                    assert (rank == 0) == (top[0][1] == pytest.approx(logprob, abs=1e-6)) and len(top) == 2
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_cached_decoding_equals_the_full_forward_whoever_comes_and_goes(
+    decoder: Decoder, seed: int, pack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "CALL_CELLS", (1 << 15, 0, 200)[seed % 3])  # padded, row by row, either
+    draw = random.Random(seed)
+    cell = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    engine = Engine(
+        decoder,
+        max_batch=draw.randint(1, 6),
+        step_tokens=draw.choice([1, 3, 7, 512]),
+        num_kept=draw.choice([0, 2, 8]),
+        max_bytes=draw.choice([None, CONTEXT * cell, 3 * CONTEXT * cell]),
+        pack=pack,
+        checks=True,
+    )
+    crowd = Crowd(engine, seed)
+    crowd.pass_through(40)
+    assert {output.finish for output in crowd.outputs.values()} >= {"length", "abort"}
+    crowd.check(decoder)
+
+
+def test_earlier_prefixes_and_neighbours_are_reused_in_the_random_crowd(decoder: Decoder) -> None:  # or it tests little
+    crowd = Crowd(Engine(decoder, max_batch=6, step_tokens=7, num_kept=40, checks=True), seed=0)
+    crowd.pass_through(80)
+    assert sum(output.num_reused > 0 for output in crowd.outputs.values()) > 10
+
+
+def soak(decoder: Decoder, num_requests: int, every: int) -> None:
+    cell = 2 * 2 * 2 * 8 * 4
+    engine = Engine(decoder, max_batch=8, step_tokens=16, max_bytes=12 * CONTEXT * cell, checks=True)
+    crowd = Crowd(engine, seed=1, abort_rate=0.5)
+    held, resident = [], []
+    for wanted in range(every, num_requests + 1, every):
+        crowd.pass_through(wanted)
+        ids = sorted(crowd.outputs)
+        crowd.check(decoder, crowd.random.sample(ids[-50:], min(20, len(ids))))
+        for id in ids[:-50]:
+            crowd.outputs[id] = replace(crowd.outputs[id], logprobs=[], prompt=None)
+        held.append(engine._cache.num_bytes)
+        resident.append(resident_bytes())
+    assert max(held) <= engine.max_bytes  # type: ignore[operator]
+    assert resident[-1] <= 1.05 * resident[len(resident) // 3]
+    aborted = sum(output.finish == "abort" for output in crowd.outputs.values())
+    assert 0.1 < aborted / len(crowd.outputs) < 0.9
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell a process's memory")
+def test_a_soak_of_random_requests_leaves_nothing_behind(decoder: Decoder) -> None:
+    soak(decoder, 300, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell a process's memory")
+def test_a_long_soak_of_random_requests_leaves_nothing_behind(decoder: Decoder) -> None:
+    soak(decoder, 10_000, 500)
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, 16])
@@ -89,18 +209,117 @@ def test_greedy_equals_a_loop_without_a_cache(decoder: Decoder, max_batch: int) 
     assert [output.ids for output in outputs] == [naive_greedy(decoder, prompt, 15) for prompt in PROMPTS]
 
 
-def test_equal_prompts_are_read_once(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    forward = decoder.forward
+class Passes:
+    """How many tokens each pass of an engine brings."""
 
-    def noted(tokens_BT: Tensor, **more: object) -> Tensor:
-        sizes.append(tuple(tokens_BT.shape))
-        return forward(tokens_BT, **more)  # type: ignore[arg-type]
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+        self.sizes: list[int] = []
+        run = engine._runner
 
-    monkeypatch.setattr(decoder, "forward", noted)
-    outputs = Engine(decoder).generate([[1, 2, 3, 4, 5]] * 7 + [[9, 9]], seeded(8, max_tokens=4))
-    assert sizes == [(2, 4)] + [(8, 1)] * 4
+        def noted(tokens_BT: Tensor, **more: object) -> Tensor:
+            self.sizes.append(tokens_BT.shape[1])
+            return run(tokens_BT, **more)
+
+        noted.logits = run.logits  # type: ignore[attr-defined]
+        monkeypatch.setattr(engine, "_runner", noted)
+
+
+def test_a_prompt_asked_for_several_replies_is_read_once(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(decoder, checks=True)
+    passes = Passes(engine, monkeypatch)
+    stem = list(range(20))
+    outputs = engine.generate([stem] * 7 + [[9, 9]], seeded(8, max_tokens=4))
+    # the first of seven and the short prompt; then the other six's last token beside the two that decode
+    assert passes.sizes == [22, 8, 8, 8, 6]
     assert len({tuple(output.ids) for output in outputs[:7]}) > 1
+    assert [output.num_reused for output in outputs] == [0] + [19] * 6 + [0]
+
+
+def test_a_second_turn_costs_its_new_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(decoder, checks=True)
+    greedy = SamplingParams(max_tokens=6, temperature=0.0)
+    first, turn = list(range(20)), [7, 7, 7]
+    reply = engine.generate([first], greedy)[0].ids
+    passes = Passes(engine, monkeypatch)
+    again = engine.generate([first + reply + turn], greedy)[0]
+    assert passes.sizes[0] == len(turn) + 1  # the reply's last token was drawn, and never read
+    assert again.num_reused == 25 and again.ids == naive_greedy(decoder, first + reply + turn, 6)
+    other = engine.generate([first[:15] + turn], greedy)[0]  # a branch
+    assert other.num_reused == 15 and other.ids == naive_greedy(decoder, first[:15] + turn, 6)
+
+
+def test_a_request_finds_only_what_its_own_key_left(decoder: Decoder) -> None:
+    engine = Engine(decoder, checks=True)
+    greedy, prompt = SamplingParams(max_tokens=3, temperature=0.0), list(range(20))
+    reused = []
+    for key in ("one", "other", "one"):
+        engine.add(prompt, greedy, key=key)
+        reused += [output.num_reused for output in run_until_idle(engine).values()]
+    assert reused == [0, 0, 19]
+    engine.add(prompt, greedy, key="one")
+    engine.add(prompt, greedy, key="third")  # nor does it copy from a neighbour
+    assert [output.num_reused for output in run_until_idle(engine).values()] == [19, 0]
+
+
+def test_a_follower_reads_by_itself_when_the_one_it_waits_for_is_gone(decoder: Decoder) -> None:
+    engine = Engine(decoder, step_tokens=4, checks=True)
+    greedy, prompt = SamplingParams(max_tokens=3, temperature=0.0), list(range(30))
+    busy = engine.add([5], SamplingParams(max_tokens=30, temperature=0.0))  # so that prompts are read by 4
+    engine.step()
+    leader, follower = engine.add(prompt, greedy), engine.add(prompt, greedy)
+    for _ in range(3):
+        engine.step()
+    engine.abort(leader)
+    outputs = run_until_idle(engine)
+    assert outputs[follower].ids == naive_greedy(decoder, prompt, 3)
+    assert outputs[follower].num_reused == 12  # what the other had read
+    assert outputs[busy].ids == naive_greedy(decoder, [5], 30)
+
+
+def test_a_long_prompt_does_not_hold_the_others_up(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(decoder, step_tokens=5, checks=True)
+    passes = Passes(engine, monkeypatch)
+    ids = [engine.add([1], SamplingParams(20, temperature=0.0)), engine.add([2], SamplingParams(20, temperature=0.0))]
+    engine.step()
+    engine.add(list(range(23)), SamplingParams(3, temperature=0.0))
+    for length in range(2, 8):
+        engine.step()
+        assert [len(engine.reply(id)) for id in ids] == [length, length]
+    assert passes.sizes == [2, 7, 7, 7, 7, 5, 3]
+
+
+def test_memory_stays_within_its_bound_and_nobody_is_thrown_out(decoder: Decoder) -> None:
+    cell = 2 * 2 * 2 * 8 * 4
+    engine = Engine(decoder, max_batch=8, max_bytes=100 * cell, checks=True)
+    params = SamplingParams(max_tokens=30, temperature=0.0)
+    ids = [engine.add([number, number], params) for number in range(9)]  # 32 tokens each: three fit
+    most = 0
+    outputs: dict[int, Output] = {}
+    while not engine.is_idle:
+        outputs |= {output.id: output for output in engine.step()}
+        most = max(most, len(engine._scheduler.running))
+        assert engine._cache.num_bytes <= 100 * cell
+    assert most == 3
+    assert [outputs[id].ids for id in ids] == [naive_greedy(decoder, [number, number], 30) for number in range(9)]
+
+
+def test_batch_mates_do_not_change_a_bit_where_that_is_asked_for(decoder: Decoder) -> None:
+    def logprobs(others: int, order: int) -> list[list[float]]:
+        engine = Engine(decoder, max_batch=16, step_tokens=6, batch_invariant=True, checks=True)
+        for number in range(others):
+            engine.add(list(range(number + 1, 2 * number + 3)), SamplingParams(9, seed=number))
+        mine = {engine.add(PROMPTS[i], SamplingParams(12, seed=i, logprobs=True)): i for i in range(6)[::order]}
+        outputs = run_until_idle(engine)
+        return [outputs[id].logprobs for id, _ in sorted(mine.items(), key=lambda item: item[1])]
+
+    assert logprobs(0, 1) == logprobs(7, 1) == logprobs(3, -1)  # to the last bit
+    alone = [
+        Engine(decoder, batch_invariant=True, step_tokens=6).generate(
+            [PROMPTS[i]], SamplingParams(12, seed=i, logprobs=True)
+        )
+        for i in range(6)
+    ]
+    assert [output[0].logprobs for output in alone] == logprobs(5, 1)
 
 
 def test_throughput_is_not_bound_by_the_longest_reply(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +341,9 @@ def test_throughput_is_not_bound_by_the_longest_reply(decoder: Decoder, monkeypa
 def test_new_weights_are_used_at_once_and_nothing_cached_with_the_old_ones(
     decoder: Decoder, other_decoder: Decoder
 ) -> None:
-    engine = Engine(decoder, max_batch=2)
+    engine = Engine(decoder, max_batch=2, checks=True)
     params = SamplingParams(max_tokens=10, temperature=0.0)
+    engine.generate([list(range(20))], params)
     ids = [engine.add(prompt, params) for prompt in PROMPTS[:3]]
     for _ in range(4):
         engine.step()
@@ -133,6 +353,25 @@ def test_new_weights_are_used_at_once_and_nothing_cached_with_the_old_ones(
         old = naive_greedy(decoder, prompt, 4)
         assert outputs[id].ids == old + naive_greedy(other_decoder, prompt + old, 6)
     assert outputs[ids[2]].ids == naive_greedy(other_decoder, PROMPTS[2], 10)
+    again = engine.generate([list(range(20))], params)[0]
+    assert again.num_reused == 0 and again.ids == naive_greedy(other_decoder, list(range(20)), 10)
+
+
+def test_weights_changed_in_place_count_from_update_weights_on(decoder: Decoder) -> None:
+    trained = copy.deepcopy(decoder)
+    engine, greedy = Engine(trained), SamplingParams(max_tokens=10, temperature=0.0)
+    before = engine.generate(PROMPTS, greedy)
+    packed = engine._packed
+    assert packed is not None
+    memory = packed._layers[0].qkv.data_ptr()
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.mul_(-0.8)
+    engine.update_weights(trained)
+    after = [output.ids for output in engine.generate(PROMPTS, greedy)]
+    assert after == [naive_greedy(trained, prompt, 10) for prompt in PROMPTS]
+    assert after != [output.ids for output in before]
+    assert packed is engine._packed and packed._layers[0].qkv.data_ptr() == memory  # refreshed in place
 
 
 def test_the_model_can_be_trained_after_it_has_generated(decoder: Decoder) -> None:
@@ -189,7 +428,7 @@ def test_a_seed_repeats_a_reply_and_another_seed_gives_another(decoder: Decoder)
     assert first.ids == again.ids != other.ids
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_the_samplers_logprobs_are_the_scores_and_the_training_graphs(decoder: Decoder, temperature: float) -> None:
     engine = Engine(decoder, max_batch=4)
     outputs = engine.generate(PROMPTS, seeded(len(PROMPTS), max_tokens=9, temperature=temperature, logprobs=True))
@@ -203,6 +442,21 @@ def test_the_samplers_logprobs_are_the_scores_and_the_training_graphs(decoder: D
 def test_logprobs_come_only_where_asked_for(decoder: Decoder) -> None:
     asked, plain = Engine(decoder).generate([[1], [1]], [SamplingParams(4, logprobs=True), SamplingParams(4)])
     assert len(asked.logprobs) == 4 and plain.logprobs == []
+
+
+def test_a_processor_changes_the_logits_of_its_own_request(decoder: Decoder) -> None:
+    def only_even(logits_V: Tensor, reply: list[int]) -> Tensor:
+        seen.append(list(reply))
+        return logits_V.index_fill(0, torch.arange(1, VOCAB, 2), float("-inf"))
+
+    seen: list[list[int]] = []
+    engine = Engine(decoder, checks=True)
+    greedy = SamplingParams(6, temperature=0.0)
+    free, bound = engine.add([5], greedy), engine.add([5], greedy, processor=only_even)
+    outputs = run_until_idle(engine)
+    assert outputs[free].ids == naive_greedy(decoder, [5], 6) and not all(t % 2 == 0 for t in outputs[free].ids)
+    assert all(token % 2 == 0 for token in outputs[bound].ids) and outputs[bound].is_biased
+    assert seen == [outputs[bound].ids[:length] for length in range(6)]
 
 
 # -- the end of a reply ----------------------------------------------------------------------------------------------
@@ -262,7 +516,7 @@ def test_forced_tokens_beyond_the_limit_are_cut(decoder: Decoder) -> None:
 @pytest.mark.parametrize(("prompt_length", "room"), [(CONTEXT - 5, 5), (CONTEXT - 1, 1), (CONTEXT, 0)])
 def test_a_full_context_ends_the_reply(decoder: Decoder, prompt_length: int, room: int) -> None:
     output = Engine(decoder).generate([[7] * prompt_length], SamplingParams(max_tokens=100))[0]
-    assert (len(output.ids), output.finish) == (room, "length")
+    assert (len(output.ids), output.finish) == (room, "context")
 
 
 @pytest.mark.parametrize(
@@ -352,12 +606,37 @@ def test_scores_do_not_depend_on_how_rows_are_grouped_or_logits_are_cut(
 ) -> None:
     expected = [training_logprobs(decoder, row, 0.7) if len(row) > 1 else [] for row in PROMPTS]
     for group_tokens, cells in ((1, 1), (15, 3 * VOCAB), (4096, 1 << 22)):
-        monkeypatch.setattr(engine_module, "GROUP_TOKENS", group_tokens)
-        monkeypatch.setattr(engine_module, "LOGIT_CELLS", cells)
+        monkeypatch.setattr(score_module, "GROUP_TOKENS", group_tokens)
+        monkeypatch.setattr(score_module, "LOGIT_CELLS", cells)
         for scores, row in zip(Engine(decoder).score(PROMPTS, 0.7), expected, strict=True):
             assert scores == pytest.approx(row, abs=1e-4)
     with pytest.raises(UsageError, match="temperature"):
         Engine(decoder).score(PROMPTS, 0.0)
+
+
+def test_scores_say_the_rank_and_what_was_more_probable(fixed_logits: Callable) -> None:
+    found = Engine(fixed_logits(LOGITS)).scores([[0, 2, 4, 3]], num_top=2)[0]  # 2.0, 1.5 and -1.0
+    assert found.ranks == [0, 1, 5]
+    logprobs = torch.log_softmax(LOGITS, 0)
+    assert found.logprobs == pytest.approx(logprobs[[2, 4, 3]].tolist())
+    assert [[token for token, _ in top] for top in found.top] == [[2, 4]] * 3
+    assert found.top[0][0][1] == found.logprobs[0]  # the very same float
+
+
+def test_a_prompts_scores_come_with_its_reply(decoder: Decoder) -> None:
+    engine = Engine(decoder, step_tokens=4, checks=True)
+    prompt = PROMPTS[4]
+    engine.generate([prompt], SamplingParams(2))  # a prefix that must not be reused: nothing would be known of it
+    for max_tokens in (0, 3):
+        id = engine.add(prompt, SamplingParams(max_tokens, prompt_logprobs=True, top_logprobs=3))
+        output = run_until_idle(engine)[id]
+        expected = engine.scores([prompt], num_top=3)[0]
+        assert output.prompt is not None and output.prompt.ranks == expected.ranks
+        assert output.prompt.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+        assert len(output.ids) == max_tokens
+        assert [[token for token, _ in top] for top in output.prompt.top] == [
+            [token for token, _ in top] for top in expected.top
+        ]
 
 
 def test_encode_gives_the_hidden_vectors_of_each_row_alone(decoder: Decoder) -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lyceum.engine.sampling import SamplingParams
-from lyceum.engine.sequence import Batch, Sequence, StopStrings
+from lyceum.engine.sequence import Draw, Sequence, StopStrings
 
 
 def found(strings: list[str], pieces: list[bytes]) -> tuple[str, int] | None:
@@ -45,23 +46,51 @@ def test_the_match_does_not_depend_on_where_tokens_are_cut(
     assert found(strings, pieces) == found(strings, [text[i : i + 1] for i in range(len(text))] or [b""])
 
 
-def test_rows_keep_their_state_when_they_move_and_when_the_batch_widens() -> None:
-    batch = Batch(3, torch.device("cpu"))
-    short = SamplingParams(seed=-1, stop_ids=(5,), forced=(7, 8))
-    batch.write(0, [Sequence(0, [1], SamplingParams(), 4), Sequence(1, [2, 3], short, 4)])
-    batch.append(torch.tensor([9, 7]), torch.tensor([-1.0, -2.0]))
-    batch.write(2, [Sequence(2, [4], SamplingParams(stop_ids=(1, 2, 3, 4, 5, 6)), 500)])  # wider in both ways
-    batch.move([0], [1])
-    assert batch.reply(0) == [7] and batch.logprobs(0) == [-2.0]
-    assert batch.planned(2).tolist() == [8, 8]
-    assert batch.seed_B[0] == -1 and batch.position_B[0] == 3 and batch.stop_BS[0, 0] == 5
+def watched(params: SamplingParams, limit: int = 10) -> Sequence:
+    return Sequence(0, [1, 2], params, limit)
 
 
 def test_stop_tokens_stop_unless_they_are_forced() -> None:
-    batch = Batch(2, torch.device("cpu"))
-    params = SamplingParams(stop_ids=(5, 6))
-    batch.write(0, [Sequence(0, [1], params, 2), Sequence(1, [1], SamplingParams(stop_ids=(5,), forced=(5,)), 2)])
-    is_stop_B, is_full_B = batch.append(torch.tensor([6, 5]), torch.zeros(2))
-    assert is_stop_B.tolist() == [True, False] and is_full_B.tolist() == [False, False]
-    is_stop_B, is_full_B = batch.append(torch.tensor([0, 5]), torch.zeros(2))
-    assert is_stop_B.tolist() == [False, True] and is_full_B.tolist() == [True, True]
+    plain, forced = watched(SamplingParams(stop_ids=(5, 6))), watched(SamplingParams(stop_ids=(5,), forced=(5,)))
+    stopped = plain.append(6, -1.0, [])
+    assert stopped is not None and (stopped.finish, stopped.stop, stopped.ids) == ("stop", 6, [6])
+    assert forced.append(5, -1.0, []) is None
+    stopped = forced.append(5, -1.0, [])
+    assert stopped is not None and (stopped.ids, stopped.num_forced) == ([5, 5], 1)
+
+
+def test_the_limit_says_whether_the_request_or_the_context_set_it() -> None:
+    short, full = watched(SamplingParams(2), 2), watched(SamplingParams(9), 2)
+    for one, finish in ((short, "length"), (full, "context")):
+        assert one.append(7, 0.0, []) is None
+        ended = one.append(8, 0.0, [])
+        assert ended is not None and (ended.finish, ended.ids) == (finish, [7, 8])
+
+
+def test_a_sequence_knows_what_the_model_has_not_seen() -> None:
+    one = watched(SamplingParams())
+    assert (one.num_left, one.num_promised) == (2, 12)
+    one.num_cached = 2
+    one.append(9, 0.0, [])
+    assert (one.num_left, one.reply) == (1, [9])
+
+
+def test_only_bare_greedy_requests_are_drawn_by_the_most_probable_token_alone() -> None:
+    assert watched(SamplingParams(5, temperature=0.0, stop_ids=(3,), seed=4)).is_argmax
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=0.0, logprobs=True),
+        SamplingParams(temperature=0.0, forced=(1,)),
+    ):
+        assert not watched(params).is_argmax
+
+
+def test_a_draw_is_the_samplers_row_by_row() -> None:
+    logits_BV = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    params = (SamplingParams(seed=-1, top_k=4), SamplingParams(temperature=0.0, forced=(7,)), SamplingParams(seed=3))
+    sequences = [watched(p) for p in params]
+    tokens, logprobs, *_ = Draw(sequences, torch.device("cpu"))(logits_BV)
+    assert tokens[1] == 7
+    for row, one in enumerate(sequences):
+        alone = Draw([one], torch.device("cpu"))(logits_BV[row : row + 1])
+        assert (tokens[row], logprobs[row]) == (alone[0][0], pytest.approx(alone[1][0], abs=1e-6))

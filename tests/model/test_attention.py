@@ -4,39 +4,60 @@ import pytest
 import torch
 from torch import nn
 
+from lyceum.model.attention import Reach, attend
+
 
 class GrowingCache:
-    """The plainest cache: it keeps everything and concatenates. `start` shifts the rows' positions."""
+    """The plainest cache of one sequence: it keeps everything and concatenates."""
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows, self.num_seen = num_rows, 0
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self) -> None:
+        self.num_seen = 0
+        self.layers: dict[int, torch.Tensor] = {}
 
     def positions(self, num_new: int) -> torch.Tensor:
-        return torch.arange(self.num_seen, self.num_seen + num_new).expand(self.num_rows, -1)
+        return torch.arange(self.num_seen, self.num_seen + num_new).unsqueeze(0)
 
-    def append(self, layer, k, v):
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
-        self.layers[layer] = (k, v)
-        num_new = k.shape[2] - self.num_seen
-        if self.num_seen == 0:
-            return k, v, None, True
-        return k, v, torch.ones(num_new, k.shape[2], dtype=torch.bool).tril(self.num_seen), False
+    def append(self, layer, kv_N2KE):
+        kept = self.layers[layer] = torch.cat((*([self.layers[layer]] if layer in self.layers else []), kv_N2KE))
+        num_new = len(kv_N2KE)
+        k_BKSE, v_BKSE = kept.permute(1, 2, 0, 3).unsqueeze(1)
+        if num_new == len(kept):
+            return [Reach(1, num_new, k_BKSE, v_BKSE, None, True)]
+        hidden = torch.full((num_new, len(kept)), float("-inf"), dtype=kept.dtype).triu(self.num_seen + 1)
+        return [Reach(1, num_new, k_BKSE, v_BKSE, hidden[None, None])]
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("pieces", [(1,) * 12, (5, 1, 6), (12,)])
 @pytest.mark.usefixtures("both_forms")
 def test_cached_forward_is_the_full_forward(tiny_spec, random_decoder, qk_norm, pieces):
-    decoder = random_decoder(tiny_spec(qk_norm=qk_norm))
-    tokens = torch.randint(96, (3, 12), generator=torch.Generator().manual_seed(1))
-    cache, parts = GrowingCache(3), []
+    decoder = random_decoder(tiny_spec(qk_norm=qk_norm, num_kv_heads=2))
+    tokens = torch.randint(96, (1, 12), generator=torch.Generator().manual_seed(1))
+    cache, parts = GrowingCache(), []
     with torch.no_grad():
         for part in tokens.split(pieces, dim=1):
             parts.append(decoder(part, cache=cache))
             cache.num_seen += part.shape[1]
         torch.testing.assert_close(torch.cat(parts, dim=1), decoder(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_side_by_side_see_only_their_own():
+    generator = torch.Generator().manual_seed(0)
+    q_NHE, k_BKSE, v_BKSE = (torch.randn(*s, generator=generator) for s in ((5, 4, 8), (3, 2, 6, 8), (3, 2, 6, 8)))
+    length_mask = torch.tensor([0.0, 0.0, 0.0, 0.0, float("-inf"), float("-inf")]).expand(2, 1, 1, 6)
+    mixed = attend(
+        q_NHE,
+        [
+            Reach(2, 1, k_BKSE[:2], v_BKSE[:2], length_mask),
+            Reach(1, 3, k_BKSE[2:, :, :3], v_BKSE[2:, :, :3], None, True),
+        ],
+    )
+    assert mixed.shape == (5, 32)
+    for token, (row, num_seen) in enumerate(((0, 4), (1, 4), (2, 1), (2, 2), (2, 3))):
+        for head in range(4):  # softmax(q k / sqrt(8)) v, by hand; two heads share a key
+            k_SE, v_SE = k_BKSE[row, head // 2, :num_seen], v_BKSE[row, head // 2, :num_seen]
+            wanted = torch.softmax(k_SE @ q_NHE[token, head] / 8**0.5, 0) @ v_SE
+            torch.testing.assert_close(mixed[token, 8 * head : 8 * head + 8], wanted)
 
 
 def test_what_stands_after_a_token_never_reaches_it(tiny_spec, random_decoder):

@@ -109,6 +109,25 @@ def test_cached_greedy_generation_is_that_of_transformers(tmp_path, theirs, toke
         assert output.ids == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["gpt2", "llama", "qwen3"])
+def test_fifty_prompts_side_by_side_continue_as_those_of_transformers(tmp_path, variant):
+    theirs = theirs_of(*VARIANTS[variant])
+    theirs.save_pretrained(tmp_path)
+    draw = torch.Generator().manual_seed(7)
+    stem = torch.randint(1, 96, (20,), generator=draw).tolist()
+    lengths = torch.randint(1, 30, (50,), generator=draw).tolist()
+    tails = [torch.randint(1, 96, (length,), generator=draw).tolist() for length in lengths]
+    prompts = [[*stem, *tail] if number % 3 == 0 else tail for number, tail in enumerate(tails)]
+    engine = Engine(load_checkpoint(tmp_path).model, max_batch=16, step_tokens=24, checks=True)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=14, temperature=0.0))
+    assert sum(output.num_reused > 0 for output in outputs) > 10
+    for prompt, output in zip(prompts, outputs, strict=True):
+        row = torch.tensor([prompt])
+        wanted = theirs.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=14, do_sample=False)
+        assert output.ids == wanted[0, len(prompt) :].tolist()
+
+
 def test_a_saved_folder_is_of_the_family_it_came_from_weight_for_weight(tmp_path, theirs, tokens):
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_checkpoint(tmp_path / "theirs")
