@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_STACKS = 4096  # ways to go on that a state keeps; leaving some out allows less, never more
+MAX_STACKS = 1024  # ways to go on that a state keeps; leaving some out allows less, never more
 NEVER = 1 << 60  # bytes: longer than anything; what cannot be finished
 
 Part = int

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from lyceum.engine.grammar import Grammar, Part
 from lyceum.errors import UsageError
 
-MAX_REPEATS = 1000
+MAX_LENGTH, MAX_REPEATS = 500, 1000  # characters of a pattern; the largest count
 ASCII = frozenset(map(chr, range(128)))
 DIGITS, SPACES = frozenset("0123456789"), frozenset(" \t\n\r\f\v")
 CLASSES = {"d": DIGITS, "s": SPACES, "w": frozenset("_abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") | DIGITS}
@@ -51,6 +51,8 @@ class Pattern:
         """
         if not isinstance(self._text, str):
             self._refuse("it is no text")
+        if len(self._text) > MAX_LENGTH:
+            self._refuse(f"it has {len(self._text)} characters, at most {MAX_LENGTH} are read")
         ways = []
         while True:
             start = self._grammar.empty if self._take("^") else self._anything

@@ -24,8 +24,11 @@ from lyceum.engine.grammar import NEVER, Grammar, Part
 from lyceum.engine.pattern import Pattern
 from lyceum.errors import UsageError, did_you_mean
 
-MAX_SIZE = 64 * 1024  # characters of a schema
+MAX_SIZE = 64 * 1024  # bytes of a schema
 MAX_DEPTH = 64  # levels of schemas inside schemas, references followed
+MAX_VALUES = 1000  # of an enum; fewer than the ways to go on that a state keeps
+MAX_CHOICES = 100  # of anyOf and oneOf
+MAX_COMPARED = 10_000  # pairs of schemas, to see whether the choices of oneOf exclude each other
 MAX_DIGITS = 15  # before the point and behind it: such a number survives double precision
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -60,15 +63,16 @@ class _Reader:
 
     def __init__(self, schema: Schema):
         try:
-            size = len(json.dumps(schema, allow_nan=False))
+            size = len(json.dumps(schema, allow_nan=False, ensure_ascii=False).encode())
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the schema is not JSON: {error}", hint="give a JSON schema as a dict") from None
         if size > MAX_SIZE:
             raise UsageError(
-                f"the schema has {size} characters, at most {MAX_SIZE} are read", hint="share parts by $defs and $ref"
+                f"the schema has {size} bytes, at most {MAX_SIZE} are read", hint="share parts by $defs and $ref"
             )
         self._root = schema
         self._rules: dict[str, Part] = {}
+        self._num_compared = 0
         self.grammar = g = Grammar()
         blanks = g.seq(g.text("\n"), g.repeat(g.byte(b" \t"), 0, 32))
         self._space = g.alt(g.empty, g.text(" "), blanks)
@@ -92,8 +96,8 @@ class _Reader:
         if schema is True or schema == {}:
             return self._any()
         if not isinstance(schema, Mapping):
-            raise UsageError(f"{at} = {schema!r} fits nothing" if schema is False else f"{at} = {schema!r} is no schema",
-                             hint="a schema is an object such as {\"type\": \"string\"}")  # fmt: skip
+            what = "fits nothing" if schema is False else "is no schema"
+            raise UsageError(f"{at} = {schema!r} {what}", hint='a schema is an object such as {"type": "string"}')
         for word in schema:
             if word not in SUPPORTED and word not in NOTES:
                 raise UsageError(
@@ -136,6 +140,8 @@ class _Reader:
             return self._reference(inner, at, depth)
         if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
             raise UsageError(f"{at}/{word} = {inner!r} is no list of schemas", hint="give one or more")
+        if len(inner) > MAX_CHOICES:
+            raise UsageError(f"{at}/{word} has {len(inner)} choices, at most {MAX_CHOICES} are read", hint="merge some")
         if word == "allOf" and len(inner) > 1:
             raise UsageError(f"{at}/allOf has {len(inner)} schemas, 1 is supported", hint="merge them into one")
         parts = [self._value(one, f"{at}/{word}/{i}", depth + 1) for i, one in enumerate(inner)]
@@ -150,6 +156,8 @@ class _Reader:
     def _constants(self, values: Any, types: list[str] | None, at: str) -> Part:
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise UsageError(f"{at} = {values!r} is no list of values", hint="enum lists the values that fit")
+        if len(values) > MAX_VALUES:
+            raise UsageError(f"{at} has {len(values)} values, at most {MAX_VALUES} are read", hint="use a pattern")
         fitting = [value for value in values if types is None or any(_is_of(value, kind) for kind in types)]
         if not fitting:
             raise UsageError(f"{at} = {values!r} holds no value of type {types}", hint="nothing could be written")
@@ -315,7 +323,10 @@ class _Reader:
     def _exclude(self, a: Any, b: Any, depth: int) -> bool:
         """True if it can be seen that no value fits both."""
         a, b = self._resolved(a), self._resolved(b)
-        if depth > MAX_DEPTH or not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        self._num_compared += 1
+        if self._num_compared > MAX_COMPARED or depth > MAX_DEPTH:
+            return False
+        if not isinstance(a, Mapping) or not isinstance(b, Mapping):
             return False
         for one, other in ((a, b), (b, a)):
             for word in ("anyOf", "oneOf"):

@@ -52,7 +52,7 @@ def test_characters_that_json_must_escape_are_written_escaped() -> None:
 @pytest.mark.parametrize(
     "pattern",
     ["(?=a)", "(?<a>b)", "a**", "a+?", "*a", "(a", "a)", "[a", "\\b", "\\1", "a{", "a{2", "a{3,2}", "a{1001}", "[b-a]",
-     "[a-\\d]", "[é-ü]", "[^é]", "a^b", "a$b", "(^a)", "(a?){3}", "\\u0041", "\\", 5],
+     "[a-\\d]", "[é-ü]", "[^é]", "a^b", "a$b", "(^a)", "(a?){3}", "\\u0041", "\\", 5, "a" * 501],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_the_pattern_and_a_hint(pattern: object) -> None:
     with pytest.raises(UsageError, match="#/pattern") as caught:

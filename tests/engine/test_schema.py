@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyceum.engine import schema as schema_module
-from lyceum.engine.grammar import Grammar
+from lyceum.engine.grammar import MAX_STACKS, Grammar
+from lyceum.engine.pattern import MAX_LENGTH
 from lyceum.engine.schema import SUPPORTED, grammar_of
 from lyceum.errors import UsageError
 
@@ -174,7 +175,10 @@ def test_an_unsupported_keyword_is_named_with_what_is_supported(word: str) -> No
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no finite JSON"),
         ({"x": {1, 2}}, "not JSON"),
         ({"const": float("nan")}, "not JSON"),
-        ({"const": "x" * 70_000}, "characters"),
+        ({"const": "x" * 70_000}, "bytes"),
+        ({"const": "\ud800"}, "not JSON"),
+        ({"enum": list(range(1001))}, "1001 values"),
+        ({"anyOf": [{}] * 101}, "101 choices"),
     ],
 )
 def test_a_schema_that_means_nothing_is_refused_with_a_hint(schema: Any, why: str) -> None:
@@ -192,6 +196,14 @@ def test_a_schema_nested_too_deep_is_refused_not_a_crash() -> None:
     chain = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(100)}
     with pytest.raises(UsageError, match="more than 64 deep"):
         grammar_of({"$ref": "#/$defs/d0", "$defs": chain | {"d100": {"type": "null"}}})
+
+
+def test_choices_that_multiply_are_refused_not_compared_for_ever() -> None:
+    doubled = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}, {"$ref": f"#/$defs/d{n + 1}"}]} for n in range(20)}
+    schema = {"oneOf": [{"$ref": "#/$defs/d0"}, {"type": "null"}], "$defs": doubled | {"d20": {"type": "string"}}}
+    with pytest.raises(UsageError, match="could fit both"):
+        grammar_of(schema)
+    grammar_of({**schema, "oneOf": [{"$ref": "#/$defs/d15"}, {"type": "null"}]})  # 32 ways: looked through
 
 
 def test_a_way_without_end_is_left_out_where_there_is_another() -> None:
@@ -246,4 +258,6 @@ def test_any_json_for_a_schema_is_read_or_refused_never_a_crash(data: st.DataObj
 
 
 def test_limits_are_those_of_the_documentation() -> None:
-    assert (schema_module.MAX_SIZE, schema_module.MAX_DEPTH, schema_module.MAX_DIGITS) == (65536, 64, 15)
+    sizes = (schema_module.MAX_SIZE, schema_module.MAX_DEPTH, schema_module.MAX_VALUES, schema_module.MAX_CHOICES)
+    assert sizes == (65536, 64, 1000, 100) and schema_module.MAX_DIGITS == 15 and MAX_LENGTH == 500
+    assert schema_module.MAX_VALUES < MAX_STACKS
