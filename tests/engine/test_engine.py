@@ -84,7 +84,7 @@ class Crowd:
             forced=draw.choice([(), (), (3, 5)]),
             logprobs=True,
             top_logprobs=2,
-            prompt_logprobs=draw.random() < 0.25,
+            prompt_logprobs=draw.random() < 0.15,
         )
         for _ in range(draw.choice([1, 1, 1, 3])):  # several replies to one prompt
             id = self.engine.add(
