@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from lyceum.cli import river
+from lyceum.cli.kinds import KINDS
 from lyceum.cli.main import make_parser
-from lyceum.cli.river import KINDS
 from lyceum.config import find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

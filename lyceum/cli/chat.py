@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyceum import device
-from lyceum.cli.river import CAN_CHAT
+from lyceum.cli.kinds import CAN_CHAT
 from lyceum.config import Recipe, load_recipe
 from lyceum.errors import CheckpointError, LyceumError, RunError, UsageError, did_you_mean
 from lyceum.run import StageFolder, read_manifest, read_state

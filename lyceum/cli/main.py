@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """The verbs and their options."""
-    from lyceum.cli.river import KINDS
+    from lyceum.cli.kinds import KINDS
 
     parser = Parser(prog="lyceum", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"lyceum {__version__}")
@@ -128,7 +128,7 @@ def settings_help(kind: str) -> str:
     import textwrap
 
     from lyceum import device
-    from lyceum.cli.river import KINDS
+    from lyceum.cli.kinds import KINDS
 
     device.prepare("help")
     config = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].config)

@@ -31,7 +31,7 @@ def test_help_lists_the_verbs_within_three_tenths_of_a_second() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0 and shown.stderr == ""
-    for verb in ("run", "plan", "chat", "runs", "export", *river.KINDS):
+    for verb in ("run", "plan", "chat", "runs", "export", *kinds.KINDS):
         assert f"    {verb}" in shown.stdout
     assert min(spent) < 0.3
 

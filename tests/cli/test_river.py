@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import lyceum
-from lyceum.cli import river
+from lyceum.cli import kinds, river
 from lyceum.config import find_recipe, load_recipe
 from lyceum.errors import ConfigError, LyceumError, RunError
 from lyceum.run import Run, State, read_state, write_json
@@ -132,15 +132,15 @@ def test_the_nearest_fitting_section_before_is_the_input(garden: Any) -> None:
 
 
 def test_an_optional_input_may_be_missing(garden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(river.KINDS, "shoot", river.Kind("sow", "made_up.shoot", "Config"))
+    monkeypatch.setitem(kinds.KINDS, "shoot", kinds.Kind("sow", "made_up.shoot", "Config"))
     garden.recipe.write_text("name = 'garden'\n[shoot]\n[tree]\n")
     assert garden.run() == ["shoot", "tree"]
     assert list(garden.works["tree"].inputs) == ["policy"]
 
 
 def test_what_is_needed_may_depend_on_the_settings(garden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    soil = river.Input("soil", ("soil",), lambda config: config.size > 1)
-    monkeypatch.setitem(river.KINDS, "shoot", river.Kind("sow", "made_up.shoot", "Config", (soil,)))
+    soil = kinds.Input("soil", ("soil",), lambda config: config.size > 1)
+    monkeypatch.setitem(kinds.KINDS, "shoot", kinds.Kind("sow", "made_up.shoot", "Config", (soil,)))
     garden.recipe.write_text("name = 'garden'\n[shoot]\nsize = 1\n")
     assert garden.run() == ["shoot"]
     garden.recipe.write_text("name = 'garden'\n[shoot]\nsize = 2\n")
@@ -306,8 +306,8 @@ def test_the_report_is_built_when_the_questions_were_asked_and_only_then(
     report.build = build  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "made_up.report", report)
     monkeypatch.setattr(river, "REPORT", "made_up.report")
-    kind = river.Kind("ask", "made_up.fruit", "Config", (river.Input("tree", ("tree",)),))
-    monkeypatch.setitem(river.KINDS, "eval", kind)
+    kind = kinds.Kind("ask", "made_up.fruit", "Config", (kinds.Input("tree", ("tree",)),))
+    monkeypatch.setitem(kinds.KINDS, "eval", kind)
     garden.recipe.write_text(garden.recipe.read_text().replace("[fruit]", "[eval]"))
     garden.run(last="graft")
     assert built == [] and "schooling so far: 0:00 for 4 of 5 sections" in capsys.readouterr().out
@@ -399,9 +399,9 @@ def test_what_is_not_plainly_finished_is_not_taken_from_memory(
 
 def test_the_real_table_names_kinds_that_exist_and_come_before() -> None:
     seen: list[str] = []
-    for name, kind in river.KINDS.items():
+    for name, kind in kinds.KINDS.items():
         for wanted in kind.inputs:
-            assert set(wanted.kinds) <= {*river.KINDS}, name
+            assert set(wanted.kinds) <= {*kinds.KINDS}, name
             assert not wanted.needed or set(wanted.kinds) & {*seen, name}, f"{name} stands before its {wanted.role}"
         seen.append(name)
 
@@ -412,7 +412,7 @@ TWO_RANKS = """
 import sys, types
 from dataclasses import dataclass
 from lyceum import dist
-from lyceum.cli import river
+from lyceum.cli import kinds, river
 
 @dataclass(frozen=True)
 class Config:
@@ -428,9 +428,9 @@ for name in ("dig", "grow"):
     module = types.ModuleType("made_up." + name)
     module.run, module.Config = run, Config
     sys.modules[module.__name__] = module
-river.KINDS = {
-    "dig": river.Kind("", "made_up.dig", "Config"),
-    "grow": river.Kind("", "made_up.grow", "Config", (river.Input("dig", ("dig",)),), every_rank=True),
+kinds.KINDS = {
+    "dig": kinds.Kind("", "made_up.dig", "Config"),
+    "grow": kinds.Kind("", "made_up.grow", "Config", (kinds.Input("dig", ("dig",)),), every_rank=True),
 }
 for again in range(2):  # the second time finds all of it finished, on both ranks
     river.run_recipe(sys.argv[1] + "/two.toml", runs_dir=sys.argv[1] + "/runs")

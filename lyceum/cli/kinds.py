@@ -1,0 +1,134 @@
+"""What sections there are: each kind's settings, entry function, and which earlier sections it starts from.
+
+The only table that knows which stage feeds which; `lyceum.cli.river` reads it. Modules are named, not imported: a typo in a
+recipe, or `lyceum --help`, should not wait for torch. What it is not: their order, which is the recipe's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Input:
+    """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does.
+
+    needed: whether there must be one; or, of the section's settings, whether they ask for one.
+    """
+
+    role: str
+    kinds: tuple[str, ...]
+    needed: bool | Callable[[Any], bool] = True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a section's kind is: where its entry function ``run`` and its settings stand, and what it starts from.
+
+    makes_model: the recipe's [model] table is part of its key.
+    every_rank: under torchrun all ranks run it together; otherwise rank 0 alone, and the others wait.
+    """
+
+    help: str
+    module: str
+    config: str
+    inputs: tuple[Input, ...] = ()
+    makes_model: bool = False
+    every_rank: bool = False
+
+
+def _from(role: str, *kinds: str, needed: bool | Callable[[Any], bool] = True) -> Input:
+    return Input(role, kinds or (role,), needed)
+
+
+ON_POLICY = (  # what a policy that learns from its own samples starts from, besides itself
+    _from("reward", needed=lambda config: not config.rewards or "model" in config.rewards),
+    _from("lessons"),
+    _from("pretrain", needed=lambda config: config.ptx_coef > 0),
+)
+
+
+KINDS: dict[str, Kind] = {
+    "corpus": Kind("read and clean the texts", "lyceum.corpus.pipeline", "CorpusConfig"),
+    "lessons": Kind(
+        "write the conversations to learn from", "lyceum.synth.lessons", "LessonsConfig", (_from("corpus"),)
+    ),
+    "tokenizer": Kind(
+        "learn the pieces that text is cut into",
+        "lyceum.tokens.tokenizer",
+        "TokenizerConfig",
+        (_from("corpus"), _from("lessons", needed=False)),
+    ),
+    "pretrain": Kind(
+        "stage 1: learn to continue text",
+        "lyceum.stages.pretrain",
+        "PretrainConfig",
+        (_from("corpus"), _from("tokenizer")),
+        makes_model=True,
+        every_rank=True,
+    ),
+    "sft": Kind(
+        "stage 2: learn to answer, from written conversations",
+        "lyceum.stages.sft",
+        "SFTConfig",
+        (_from("policy", "pretrain", "sft"), _from("lessons", "lessons", "select"), _from("reward", needed=False)),
+        every_rank=True,
+    ),
+    "rankings": Kind(
+        "draw answers and rank them",
+        "lyceum.synth.rankings",
+        "RankingsConfig",
+        (_from("policy", "sft", "preference", "ppo", "grpo"), _from("lessons")),
+    ),
+    "reward": Kind(
+        "stage 3: learn to tell the better answer",
+        "lyceum.stages.reward",
+        "RewardConfig",
+        (_from("policy", "sft"), _from("rankings")),
+        every_rank=True,
+    ),
+    "preference": Kind(
+        "learn which answer is better, without a reward model (DPO and its kin)",
+        "lyceum.stages.preference",
+        "PreferenceConfig",
+        (_from("policy", "sft"), _from("rankings", needed=False)),
+        every_rank=True,
+    ),
+    "select": Kind(
+        "draw answers and keep the best as conversations (best-of-n)",
+        "lyceum.synth.select",
+        "SelectConfig",
+        (_from("policy", "sft", "preference", "ppo"), _from("reward"), _from("lessons")),
+    ),
+    "ppo": Kind(
+        "stage 4: learn from the reward of its own answers",
+        "lyceum.stages.ppo",
+        "PPOConfig",
+        (_from("policy", "sft"), *ON_POLICY),
+        every_rank=True,
+    ),
+    "grpo": Kind(
+        "learn from comparing its own answers, without a critic",
+        "lyceum.stages.grpo",
+        "GRPOConfig",
+        (_from("policy", "sft", "ppo", "grpo"), *ON_POLICY),
+        every_rank=True,
+    ),
+    "eval": Kind(
+        "ask the held-out questions",
+        "lyceum.evals.tutor_table",
+        "EvalConfig",
+        (
+            _from("corpus"),
+            _from("lessons"),
+            _from("base", "pretrain"),
+            _from("sft"),
+            _from("reward"),
+            _from("ppo"),
+        ),
+    ),
+}
+POLICY = "policy"  # the role that ``from = "name"`` chooses
+CAN_CHAT = ("ppo", "grpo", "preference", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
