@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lyceum.cli import chat, main, river
+from lyceum.cli import chat, kinds, main, river
 from lyceum.errors import LyceumError, ResourceError
 
 

@@ -282,6 +282,10 @@ def test_grpo_moves_towards_the_known_optimum(tmp_path: Path) -> None:
     assert share > 0.3
 
 
+# A KL in the loss does not see where a token leads (test_algorithms.py), so those presets stop short of the optimum
+LEAST_SHARE = {"grpo": 0.5, "dr_grpo": 0.5, "rloo": 0.65, "reinforce++": 0.65, "reinforce++_baseline": 0.3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_CRITIC)
 @pytest.mark.parametrize("seed", range(5))
@@ -292,9 +296,7 @@ def test_every_preset_reaches_for_the_known_optimum_and_shuffled_rewards_teach_n
     share, variation = share_of_the_optimum(tmp_path / "true", seed, config)
     control, _ = share_of_the_optimum(tmp_path / "control", seed, config, shuffled=True)
     print(f"{name} seed {seed}: share {share:.3f}, total variation {variation:.3f}; control {control:.3f}")
-    assert (
-        share > (0.7 if name in ("rloo", "reinforce++") else 0.45) and control < 0.15
-    )  # KL in the reward; in the loss
+    assert share > LEAST_SHARE[name] and control < 0.15
 
 
 if __name__ == "__main__":
