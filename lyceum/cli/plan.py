@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lyceum import device, dist
 from lyceum.cli import river
@@ -32,6 +33,7 @@ from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
 from lyceum.train.machine import MachineConfig
 from lyceum.train.memory import BASE_BYTES, PARTS, Memory, added, cache_memory, frozen_memory, total, training_memory
+from lyceum.train.workers import num_workers
 
 CPU_SHARE = 0.37
 MFU, MFU_WIDTH = 0.40, 1024
@@ -106,6 +108,12 @@ def _both(of: Callable[[int], list[Memory]]) -> tuple[Memory, Memory]:
     return added(*of(4)), added(*of(2))
 
 
+def _training_memory(spec: ModelSpec, micro_tokens: int, number_bytes: int, **state: Any) -> Memory:
+    """Of one module; in fp32 with the workers that this machine's threads make."""
+    count = num_workers(micro_tokens) if number_bytes == 4 else 1
+    return training_memory(spec, micro_tokens, number_bytes=number_bytes, num_workers=count, **state)
+
+
 def _pretrain(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, notes = _spec(recipe, step, by_name)
     config, derived = step.config.derive(spec)
@@ -114,7 +122,7 @@ def _pretrain(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step
     micro = min(max(1, config.micro_tokens // row), rows) * row
     count = max(1, config.tokens // (rows * row))
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
-    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
+    memory = _both(lambda size: [_training_memory(spec, micro, size, **state)])
     tokens = count * rows * row
     flops = tokens * spec.flops_per_token(row)
     return Need(step.name, "pretrain", spec, *memory, tokens=tokens, steps=count, flops=flops, notes=[*notes, *derived])
@@ -126,7 +134,7 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     longest = min(config.max_tokens or spec.context_length, spec.context_length)
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
-    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
+    memory = _both(lambda size: [_training_memory(spec, micro, size, **state)])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
     if lessons is None or not lessons.exists():
         return Need(step.name, "sft", spec, *memory)
@@ -146,7 +154,7 @@ def _reward(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step],
     terms = 2 if config.centring else 1
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": terms, "loss": "score"}
     state["recompute"] = _recomputes(recipe)
-    memory = _both(lambda size: [training_memory(spec, config.micro_tokens, number_bytes=size, **state)])
+    memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
     prompts, example = round(rankings.prompts * (1 - rankings.valid_share)), _example(spec)
     tokens = config.epochs * prompts * rankings.responses * example
     count = config.epochs * -(-prompts // config.batch_prompts)
@@ -163,9 +171,11 @@ def _ppo(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     )
 
     def models(size: int) -> list[Memory]:
-        both = {"num_terms": terms, "number_bytes": size, "ema": config.ema, "recompute": _recomputes(recipe)}
-        policy = training_memory(spec, config.micro_tokens, matrix_lr=config.matrix_lr, loss="chosen", **both)
-        critic = training_memory(spec, config.micro_tokens, matrix_lr=config.critic_matrix_lr, loss="score", **both)
+        both = {"num_terms": terms, "ema": config.ema, "recompute": _recomputes(recipe)}
+        policy = _training_memory(spec, config.micro_tokens, size, matrix_lr=config.matrix_lr, loss="chosen", **both)
+        critic = _training_memory(
+            spec, config.micro_tokens, size, matrix_lr=config.critic_matrix_lr, loss="score", **both
+        )
         cache = cache_memory(spec, min(config.engine_batch, config.prompts_per_iteration), spec.context_length)
         return [policy, critic, frozen_memory(spec), frozen_memory(spec), cache]  # the reference and the reward model
 
