@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lyceum import device, dist
 from lyceum.cli import river
@@ -32,6 +33,7 @@ from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
 from lyceum.train.machine import MachineConfig
 from lyceum.train.memory import BASE_BYTES, PARTS, Memory, added, cache_memory, frozen_memory, total, training_memory
+from lyceum.train.workers import num_workers
 
 CPU_SHARE = 0.37
 MFU, MFU_WIDTH = 0.40, 1024
@@ -107,6 +109,12 @@ def _both(of: Callable[[int], list[Memory]]) -> tuple[Memory, Memory]:
     return added(*of(4)), added(*of(2))
 
 
+def _training_memory(spec: ModelSpec, micro_tokens: int, number_bytes: int, **state: Any) -> Memory:
+    """Of one module; in fp32 with the workers that this machine's threads make."""
+    count = num_workers(micro_tokens) if number_bytes == 4 else 1
+    return training_memory(spec, micro_tokens, number_bytes=number_bytes, num_workers=count, **state)
+
+
 def _pretrain(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, notes = _spec(recipe, step, by_name)
     config, derived = step.config.derive(spec)
@@ -115,7 +123,7 @@ def _pretrain(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step
     micro = min(max(1, config.micro_tokens // row), rows) * row
     count = max(1, config.tokens // (rows * row))
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
-    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state)])
+    memory = _both(lambda size: [_training_memory(spec, micro, size, **state)])
     tokens = count * rows * row
     flops = tokens * spec.flops_per_token(row)
     return Need(step.name, "pretrain", spec, *memory, tokens=tokens, steps=count, flops=flops, notes=[*notes, *derived])
@@ -128,7 +136,7 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
     judge = [frozen_memory(spec)] if config.best_by == "reward" else []
-    memory = _both(lambda size: [training_memory(spec, micro, number_bytes=size, **state), *judge])
+    memory = _both(lambda size: [_training_memory(spec, micro, size, **state), *judge])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
     if lessons is None or not lessons.exists():
         return Need(step.name, "sft", spec, *memory)
@@ -148,7 +156,7 @@ def _reward(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step],
     terms = 2 if config.centring else 1
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": terms, "loss": "score"}
     state["recompute"] = _recomputes(recipe)
-    memory = _both(lambda size: [training_memory(spec, config.micro_tokens, number_bytes=size, **state)])
+    memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
     prompts, example = round(rankings.prompts * (1 - rankings.valid_share)), _example(spec)
     tokens = config.epochs * prompts * rankings.responses * example
     count = config.epochs * -(-prompts // config.batch_prompts)
@@ -161,7 +169,7 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
     config, chosen = step.config, step.config.objective()
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": 2 if chosen.nll else 1, "loss": "chosen"}
     state["recompute"] = _recomputes(recipe)
-    memory = _both(lambda size: [training_memory(spec, config.micro_tokens, number_bytes=size, **state)])
+    memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
     if config.data or "rankings" not in step.inputs:  # a file of somebody's: not known until it is read
         return Need(step.name, "preference", spec, *memory)
     rankings, example = by_name[step.inputs["rankings"]].config, _example(spec)
@@ -185,15 +193,14 @@ def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Ste
     )
 
     def models(size: int) -> list[Memory]:
-        both = {"num_terms": terms, "number_bytes": size, "ema": config.ema, "recompute": _recomputes(recipe)}
-        policy = training_memory(spec, config.micro_tokens, matrix_lr=config.matrix_lr, loss="chosen", **both)
+        both = {"num_terms": terms, "ema": config.ema, "recompute": _recomputes(recipe)}
+        policy = _training_memory(spec, config.micro_tokens, size, matrix_lr=config.matrix_lr, loss="chosen", **both)
         engines = device.num_threads() if device.pick_device().type == "cpu" else 1  # side by side
         cache = cache_memory(spec, min(config.engine_batch * engines, config.episodes), spec.context_length)
         held = [policy, *[frozen_memory(spec)] * (1 + has_judge), cache]  # the reference and the reward model
         if has_critic:
-            held.append(
-                training_memory(spec, config.micro_tokens, matrix_lr=config.critic_matrix_lr, loss="score", **both)
-            )
+            rate = config.critic_matrix_lr
+            held.append(_training_memory(spec, config.micro_tokens, size, matrix_lr=rate, loss="score", **both))
         return held
 
     count = config.iterations * config.epochs * config.minibatches

@@ -134,8 +134,8 @@ class Stage(ABC, Generic[MicroBatch]):
         kind: the section kind, as in the recipe ("sft").
         headline: the one metric shown in the progress bar, named as in metrics.jsonl ("loss/sft"); `also_shown`:
             others beside it.
-        can_shard: its model may be sharded (`lyceum.train.parallel`): every pass goes through `loss` or through what
-            calls it equally often on every rank, there is one trained module and one term.
+        can_shard: its model may be sharded (`lyceum.train.parallel`): there is one trained module, and every pass of it
+            goes through `loss`, or is made equally often on every rank (`validate`, `save`).
     Attributes `start` fills:
         trained: name -> Trained.  frozen: name -> module; the loop turns gradients off and moves them to the device.
         num_steps: number of optimizer steps of the whole run; the schedule's progress is (step + 0.5) / num_steps.

@@ -56,9 +56,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             said: dict[str, Any] = {"pieces": pieces}
             if dist.is_main():
                 said |= {**header, "parts": parts if is_sharded else []}
-            # copied: fused optimizers and tied views may share storage, which the format does not allow
-            held = {name: local(tensor).detach().to("cpu", copy=True).contiguous() for name, tensor in mine.items()}
-            safetensors.torch.save_file(held, partial, metadata={"lyceum": json.dumps(said)})
+            safetensors.torch.save_file(_on_the_cpu(mine), partial, metadata={"lyceum": json.dumps(said)})
             with open(partial, "rb") as written:
                 os.fsync(written.fileno())
             if not dist.is_main():
@@ -69,6 +67,18 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             for old in path.parent.glob(f"{path.stem}-*"):
                 if old.name not in said["parts"]:
                     old.unlink(missing_ok=True)
+
+
+def _on_the_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's pieces, copied only where the format asks for it: it allows no two tensors in one storage."""
+    held: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        piece = local(tensor).detach().to("cpu").contiguous()
+        storage = piece.untyped_storage().data_ptr()
+        held[name] = piece.clone() if storage in storages else piece
+        storages.add(storage)
+    return held
 
 
 def _said(tensor: Tensor) -> dict[str, list[int]]:

@@ -139,7 +139,9 @@ def test_what_cannot_fit_is_refused_before_anything_starts(
     assert main.main(words) == 1
     shown = capsys.readouterr().err
     assert (
-        "error: pretrain needs about" in shown and "of which optimizer" in shown and "hint: lower model.depth" in shown
+        "error: pretrain needs about" in shown
+        and ("of which optimizer" in shown or "of which gradients" in shown)  # with many threads these are the most
+        and "hint: lower model.depth" in shown
     )
     assert not (tmp_path / "smoke" / "corpus").exists()
     monkeypatch.setattr(plan, "memory_there", lambda: (600e6, 340e6, "this machine"))

@@ -37,6 +37,7 @@ def train(folder: Path, depth: int, width: int, micro_tokens: int, matrix_lr: fl
     from lyceum.model.transformer import Decoder
     from lyceum.run import StageFolder, Work
     from lyceum.stages.pretrain import Pretrain, PretrainConfig
+    from lyceum.train import workers
     from lyceum.train.loop import run_stage
     from lyceum.train.memory import total, training_memory
 
@@ -72,22 +73,35 @@ def train(folder: Path, depth: int, width: int, micro_tokens: int, matrix_lr: fl
     before = resident("VmRSS")
     run(1, micro_tokens, 8)
     spec, _ = ModelSpec.from_depth(depth, vocab_size=VOCABULARY, width=width)
-    planned = total(training_memory(spec, micro_tokens, matrix_lr=matrix_lr))
+    planned = total(
+        training_memory(spec, micro_tokens, matrix_lr=matrix_lr, num_workers=workers.num_workers(micro_tokens))
+    )
     print(json.dumps({"planned": planned, "grown": resident("VmHWM") - before, "before": before}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell resident memory")
 @pytest.mark.parametrize(
-    ("depth", "width", "micro_tokens", "matrix_lr"),
-    [(4, 128, 2048, 0.03), (6, 192, 2048, 0.03), pytest.param(4, 128, 4096, 0.0, marks=pytest.mark.slow)],
+    ("depth", "width", "micro_tokens", "matrix_lr", "threads"),
+    [
+        (4, 128, 2048, 0.03, 1),
+        (6, 192, 2048, 0.03, 1),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in ((4, 128, 4096, 0.0, 1), (4, 128, 2048, 0.03, 2), (4, 256, 2048, 0.0, 2))
+        ),
+        *(
+            pytest.param(4, 512, *rest, marks=pytest.mark.slow)
+            for rest in ((2048, 0.0, 1), (2048, 0.03, 1), (256, 0.0, 1))
+        ),
+    ],
 )
 def test_planned_memory_is_within_fifteen_hundredths_of_what_a_short_training_takes(
-    depth: int, width: int, micro_tokens: int, matrix_lr: float, tmp_path: Path
+    depth: int, width: int, micro_tokens: int, matrix_lr: float, threads: int, tmp_path: Path
 ) -> None:
     from lyceum.train.memory import BASE_BYTES
 
     command = [sys.executable, __file__, str(tmp_path), *map(str, (depth, width, micro_tokens, matrix_lr))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
@@ -133,7 +147,14 @@ def test_parts_by_hand() -> None:
     assert adamw["activations"] == round(1.15 * 4 * 128 * (896 + 192 + 512)) and adamw["logits"] == 0
     muon = training_memory(spec, 128, ema=0.9, num_terms=3)
     assert muon["gradients"] == 4 * 4 * 35328
-    assert muon["optimizer"] == 4 * (28672 + 2 * 6656 + 35328 + 6 * 4 * 4096)  # six copies of q, k, v and o
+    assert muon["optimizer"] == 4 * (28672 + 2 * 6656 + 35328)
+    # six copies of q, k, v and o are 1.15 * 4 * 6 * 4 * 4,096 = 452,198 bytes. Activations and logits of 128 tokens leave twice
+    # as much; those of 64, 1.15 * 4 * 64 * 1,600 = 471,040 and 4 * (64 * 100 + 2 * 6,400 + 2 * 64 * 64) = 109,568, a part of
+    # it; those of 16 nothing of use
+    assert training_memory(spec, 64)["optimizer"] == 4 * 41_984 + 2 * 452_198 - 471_040 - 109_568
+    assert training_memory(spec, 16)["optimizer"] == 4 * 41_984 + 452_198
+    assert training_memory(spec, 128, num_workers=4, num_terms=3)["gradients"] == 7 * 4 * 35328
+    assert training_memory(spec, 128, num_workers=2, num_terms=3)["gradients"] == 4 * 4 * 35328
     assert muon["logits"] == 4 * (128 * 100 + 2 * 6400 + 2 * 128 * 64)
     # 10 rows of 40 tokens reach 64: keys and values, 2 * 1 * 10 * 2 * 32 * 64 numbers
     assert cache_memory(spec, 10, 40) == {"cache": round(4 * 81920 * 1.15)}
