@@ -342,6 +342,22 @@ def test_gpt2s_architecture_and_adapters_too(alone: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_loss_of_two_terms_is_sharded_too(tmp_path: Path) -> None:
+    both = {**job(tmp_path, "reward", "shard"), "changes": {"centring": 0.05}}
+    on_ranks([both], tmp_path)
+    do({**both, "folder": str(tmp_path / "alone"), "machine": {}})
+    mine, theirs = (
+        read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "reward/shard", tmp_path / "alone")
+    )
+    apart = {"grad_norm/ranking", "grad_norm/centring"}  # which only a whole model logs
+    for a, b in zip(mine, theirs, strict=True):
+        assert b.keys() - a.keys() == apart and "loss/centring" in a
+        assert all(a[key] == pytest.approx(b[key], abs=1e-9) for key in a if key not in loop.TIMINGS)
+    sharded, whole = saved_state(tmp_path / "reward/shard"), saved_state(tmp_path / "alone")
+    assert all(torch.allclose(sharded[name], whole[name], rtol=0, atol=1e-9) for name in whole.keys() - {"random"})
+
+
+@pytest.mark.slow
 def test_four_ranks_as_a_grid_equal_one(alone: Path, tmp_path: Path) -> None:
     kinds = ("pretrain", "sft", "reward")
     on_ranks([job(tmp_path, kind, "grid") for kind in kinds], tmp_path, (0,) * 4)
