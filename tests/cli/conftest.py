@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lyceum.cli import river
-from lyceum.cli.river import Input, Kind
+from lyceum.cli.kinds import Input, Kind
 from lyceum.config import setting
 from lyceum.run import Work
 
