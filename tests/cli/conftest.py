@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lyceum.cli import river
+from lyceum.cli import kinds, river
 from lyceum.cli.kinds import Input, Kind
 from lyceum.config import setting
 from lyceum.run import Work
@@ -89,5 +89,6 @@ def garden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Garden]:
         module = types.ModuleType(kind.module)
         module.run, module.Config, module.VERSION = made.entry, Config, 1  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, kind.module, module)
-    monkeypatch.setattr(river, "KINDS", KINDS)
+    for place in (kinds, river):
+        monkeypatch.setattr(place, "KINDS", KINDS)
     yield made

@@ -428,7 +428,7 @@ for name in ("dig", "grow"):
     module = types.ModuleType("made_up." + name)
     module.run, module.Config = run, Config
     sys.modules[module.__name__] = module
-kinds.KINDS = {
+river.KINDS = {
     "dig": kinds.Kind("", "made_up.dig", "Config"),
     "grow": kinds.Kind("", "made_up.grow", "Config", (kinds.Input("dig", ("dig",)),), every_rank=True),
 }

@@ -153,8 +153,8 @@ def test_parts_by_hand() -> None:
     # it; those of 16 nothing of use
     assert training_memory(spec, 64)["optimizer"] == 4 * 41_984 + 2 * 452_198 - 471_040 - 109_568
     assert training_memory(spec, 16)["optimizer"] == 4 * 41_984 + 452_198
-    assert training_memory(spec, 128, num_workers=4, num_terms=3)["gradients"] == 7 * 4 * 35328
-    assert training_memory(spec, 128, num_workers=2, num_terms=3)["gradients"] == 4 * 4 * 35328
+    assert training_memory(spec, 128, num_workers=4, num_terms=3)["gradients"] == 16 * 4 * 35328
+    assert training_memory(spec, 128, num_workers=2, num_terms=3)["gradients"] == 8 * 4 * 35328
     assert muon["logits"] == 4 * (128 * 100 + 2 * 6400 + 2 * 128 * 64)
     # 10 rows of 40 tokens reach 64: keys and values, 2 * 1 * 10 * 2 * 32 * 64 numbers
     assert cache_memory(spec, 10, 40) == {"cache": round(4 * 81920 * 1.15)}
