@@ -92,6 +92,20 @@ class Engine:
         self._packed: PackedDecoder | None = None
         self.update_weights(model)
 
+    def sibling(self) -> Engine:
+        """Another engine of the same model and the same settings, with nothing to do yet."""
+        return Engine(
+            self.model,
+            max_batch=self.max_batch,
+            token_bytes=self.token_bytes,
+            step_tokens=self.step_tokens,
+            num_kept=self.num_kept,
+            max_bytes=self.max_bytes,
+            batch_invariant=self.batch_invariant,
+            pack=self.pack,
+            checks=self.checks,
+        )
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def add(

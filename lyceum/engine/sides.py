@@ -45,9 +45,7 @@ def generate(
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     shares = [order[number::count] for number in range(count)]
-    engines = [engine] + [
-        Engine(engine.model, max_batch=engine.max_batch, token_bytes=engine.token_bytes) for _ in shares[1:]
-    ]
+    engines = [engine, *(engine.sibling() for _ in shares[1:])]
     finished, lock = [0] * count, Lock()
 
     def go(number: int) -> list[Output]:

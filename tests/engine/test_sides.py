@@ -42,7 +42,7 @@ def thread_names(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_the_answers_are_those_of_one_engine(decoder: Decoder, thread_names: set[str]) -> None:
     alone = Engine(decoder, max_batch=16).generate(PROMPTS, PARAMS)
     thread_names.clear()
-    together = sides.generate(Engine(decoder, max_batch=16), PROMPTS, PARAMS)
+    together = sides.generate(Engine(decoder, max_batch=16, checks=True), PROMPTS, PARAMS)
     assert len(thread_names) == 2
     assert [output.ids for output in together] == [output.ids for output in alone]
     for one, other in zip(together, alone, strict=True):
