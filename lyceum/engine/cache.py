@@ -293,10 +293,10 @@ class Shelf:
 
 
 def num_shared(one: Many[int], other: Many[int]) -> int:
-    """How many leading tokens two sequences share."""
+    """How many leading tokens two sequences share; 0 if they are fewer than MIN_REUSE, as is nearly always so."""
+    if one[:MIN_REUSE] != other[:MIN_REUSE]:
+        return 0
     low, high = 0, min(len(one), len(other))
-    if one[:MIN_REUSE] != other[:MIN_REUSE]:  # almost always; the rest only makes this exact
-        high = min(high, MIN_REUSE - 1)
     while low < high:
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:

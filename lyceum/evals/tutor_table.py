@@ -216,7 +216,7 @@ def run(config: EvalConfig, work: Work) -> dict:
     chat = ChatFormat(loaded["sft"].tokenizer)
     judge = Judge(load_checkpoint(work.inputs["reward"] / "checkpoint"), config.max_batch)
     exam = Exam(questions, chat, judge, config)
-    engines = {name: Engine(item.model, max_batch=config.max_batch) for name, item in loaded.items()}
+    engines = {name: Engine(item.model, max_batch=config.max_batch, num_kept=0) for name, item in loaded.items()}
     results: dict[str, list[Outcome]] = {}
     best = f"best_of_{config.best_of}"
     with progress(5, "eval", unit="model") as bar:

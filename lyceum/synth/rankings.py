@@ -172,7 +172,7 @@ def run(config: RankingsConfig, work: Work) -> dict:
     prompts = [chat.prompt(conversation) for conversation in conversations]
     if max(map(len, prompts), default=0) + config.max_response_tokens > policy.spec.context_length:
         raise DataError("a practice prompt does not fit the context", file=path, hint="raise model.context_length")
-    engines = [Engine(model, max_batch=config.max_batch) for model in models]
+    engines = [Engine(model, max_batch=config.max_batch, num_kept=0) for model in models]
     answers = draw_distinct(engines, chat, prompts, config, work.seed)
     chance = random.Random(f"{work.seed} rankings")
     rankings = {"train": [], "valid": []}  # type: dict[str, list[Ranking]]
