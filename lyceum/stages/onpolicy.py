@@ -195,6 +195,7 @@ class OnPolicy(Stage[Batch]):
         self.num_steps = config.iterations * config.epochs * config.minibatches
         episodes_a_step = config.episodes / config.minibatches
         self.text_rows = max(1, round(config.ptx_rows * episodes_a_step)) if text is not None else 0
+        self.text_row_tokens = text(0, 1).tokens_BT.shape[1] if text is not None else 0
 
     # -- what its steps are made of
 
@@ -230,11 +231,6 @@ class OnPolicy(Stage[Batch]):
         mine = torch.isin(rollout.number_B.cpu(), chosen).nonzero().flatten()
         groups = bucket(rollout.lengths_B.cpu()[mine].tolist(), self.config.micro_tokens, mix_seed(self.seed, index, 3))
         return [rollout.rows(mine[group].tolist()) for group in groups]
-
-    @property
-    def text_row_tokens(self) -> int:
-        """Tokens of one row of pretraining text; 0 without one."""
-        return self.text(0, 1).tokens_BT.shape[1] if self.text is not None else 0
 
     def text_batches(self, index: int) -> list[TokenBatch]:
         """This rank's rows of pretraining text for step `index`: a function of the step alone."""
@@ -436,10 +432,7 @@ class OnPolicy(Stage[Batch]):
 
     def save(self, folder: Path, snapshot: str = "") -> None:
         """Writes the checkpoint, of adapters the merged weights; notes what it answers beside the reference."""
-        if self.config.lora_rank:
-            save_policy(self, folder, snapshot or "checkpoint", adapters=not snapshot)
-        else:
-            super().save(folder, snapshot)
+        save_policy(self, folder, snapshot or "checkpoint", adapters=not snapshot)
         if not snapshot:
             pairs = zip(self.samples(), self.answers(self.reference), strict=True)
             self.final_samples = [{**row, "before": first["reply"]} for row, first in pairs]

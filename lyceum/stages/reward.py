@@ -52,6 +52,7 @@ from lyceum.train.stage import Metrics, Stage, Step, Term, TrainConfig, Trained
 
 if TYPE_CHECKING:
     from lyceum.run import Work
+    from lyceum.tokens.tokenizer import Tokenizer
 
 VERSION = 1
 SCORE_TOKENS = 8192  # read at once where nothing is learned, pads included
@@ -218,15 +219,25 @@ class RewardModel:
     micro_tokens: int = SCORE_TOKENS
 
     @classmethod
-    def load(cls, folder: Path | str, *, micro_tokens: int = SCORE_TOKENS) -> RewardModel:
+    def load(
+        cls, folder: Path | str, *, micro_tokens: int = SCORE_TOKENS, reads: Tokenizer | None = None
+    ) -> RewardModel:
         """Opens the checkpoint that this stage saved.
 
+        Args:
+            reads: the tokenizer of the policy whose ids it is to score.
+
         Raises:
-            CheckpointError: there is none, or it holds another kind of model.
+            CheckpointError: there is none, it holds another kind of model, or its tokenizer is another one than `reads`.
         """
         loaded = load_checkpoint(folder)
         if not isinstance(loaded.model, ScoreModel):
             raise CheckpointError(f"{folder} holds a language model, not a reward model", hint="name a reward section")
+        if reads is not None and loaded.tokenizer.fingerprint != reads.fingerprint:
+            raise CheckpointError(
+                f"{folder} was trained with another tokenizer than the policy that it is to judge",
+                hint="train the reward model from this policy's own tokenizer",
+            )
         return cls(loaded.model, float(loaded.info.get("reward_centre", 0.0)), loaded.tokenizer, micro_tokens)
 
     def score(

@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lyceum import dist
-from lyceum.errors import CheckpointError, ConfigError, LyceumError, RunError, UsageError, did_you_mean
+from lyceum.errors import ConfigError, LyceumError, RunError, UsageError, did_you_mean
 from lyceum.evals.verify import VERIFIERS, check_pattern
 from lyceum.log import log
 from lyceum.stages.reward import RewardModel
@@ -181,13 +181,7 @@ def load_judge(work: Work, tokenizer: Tokenizer, kind: str, micro_tokens: int) -
             f"{kind} takes its rewards from a reward model, and no reward section comes before",
             hint="put a [reward] section before it, or name other rewards: rewards = { exact_answer = 1.0 }",
         )
-    judge = RewardModel.load(work.inputs["reward"] / "checkpoint", micro_tokens=micro_tokens)
-    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{work.inputs['reward']} was trained with another tokenizer than {work.inputs['policy']}",
-            hint="train the reward model from this policy's own tokenizer, or name a function as the reward",
-        )
-    return judge
+    return RewardModel.load(work.inputs["reward"] / "checkpoint", micro_tokens=micro_tokens, reads=tokenizer)
 
 
 def reward_source(

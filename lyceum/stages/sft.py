@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -126,6 +126,12 @@ def epoch_steps(lengths: Sequence[int], micro_tokens: int, batch_tokens: int, se
     return [groups[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
+def unanswered(conversations: Iterable[Conversation]) -> list[tuple[Conversation, Conversation]]:
+    """Each conversation that ends with the assistant's answer, beside the same without that answer."""
+    ending = (c for c in conversations if c.messages[-1].role == "assistant" and len(c.messages) > 1)
+    return [(c, replace(c, messages=c.messages[:-1])) for c in ending]
+
+
 def embedding_noise(lengths_B: Tensor, seeds: Sequence[int], num_positions: int, width: int, alpha: float) -> Tensor:
     """NEFTune's noise: (alpha / sqrt(L D)) e with e uniform in (-1, 1), so that its norm is about alpha / sqrt(3).
 
@@ -216,12 +222,8 @@ class SFT(Stage[TokenBatch]):
                 "best_by = 'reward' needs a reward model, and no reward section stands before this one",
                 hint="put a [reward] section before it, or set best_by = 'loss'",
             )
-        source = RewardModel.load(work.inputs["reward"] / "checkpoint", micro_tokens=self.config.micro_tokens)
-        if source.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise CheckpointError(
-                f"{work.inputs['reward']} was trained with another tokenizer than {work.inputs['policy']}",
-                hint="train the reward model from this policy's own tokenizer, or set best_by = 'loss'",
-            )
+        folder = work.inputs["reward"] / "checkpoint"
+        source = RewardModel.load(folder, micro_tokens=self.config.micro_tokens, reads=self.tokenizer)
         self.frozen["reward"] = source.model
         return source.score
 
@@ -257,11 +259,7 @@ class SFT(Stage[TokenBatch]):
         self.valid = [collate([held.rendered[row] for row in group], chat.tokenizer.pad_id) for group in groups]
         asked = [valid[number] for number in held.kept]
         self.shown = asked[:NUM_SAMPLES]
-        self.questions = [
-            replace(c, messages=c.messages[:-1])
-            for c in asked
-            if c.messages[-1].role == "assistant" and len(c.messages) > 1
-        ][:NUM_JUDGED]
+        self.questions = [question for _, question in unanswered(asked)][:NUM_JUDGED]
         self.steps_per_epoch = len(self._epoch(0))
         self.num_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.trained = {"model": trained_policy(model, config, config.lora_rank, config.lora_alpha)}
@@ -355,9 +353,8 @@ class SFT(Stage[TokenBatch]):
 
     def samples(self) -> list[dict[str, Any]]:
         """Greedy replies to the last question of a few validation conversations."""
-        asked = [c for c in self.shown if c.messages[-1].role == "assistant" and len(c.messages) > 1]
-        questions = [replace(c, messages=c.messages[:-1]) for c in asked]
-        _, outputs = self._replies(questions)
+        asked = unanswered(self.shown)
+        _, outputs = self._replies([question for _, question in asked])
         return [
             {
                 "prompt": question.messages[-1].content,
@@ -365,7 +362,7 @@ class SFT(Stage[TokenBatch]):
                 "ended": output.finish == "stop",
                 "reference": conversation.messages[-1].content,
             }
-            for conversation, question, output in zip(asked, questions, outputs, strict=True)
+            for (conversation, question), output in zip(asked, outputs, strict=True)
         ]
 
     def describe(self, micro_batch: TokenBatch) -> list[dict[str, Any]]:

@@ -22,10 +22,11 @@ from itertools import islice
 
 from lyceum.config import setting
 from lyceum.corpus.records import Conversation, read_conversations, write_records
+from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.engine.sequence import Output
-from lyceum.errors import CheckpointError, DataError
+from lyceum.errors import DataError
 from lyceum.evals.metrics import best_of_n_kl
 from lyceum.log import log, progress
 from lyceum.model.checkpoint import load_checkpoint
@@ -84,7 +85,7 @@ def draw(
             bar.update(finished - done)
             done = finished
 
-        outputs = engine.generate([prompt for prompt in prompts for _ in range(n)], params, on_progress=show)
+        outputs = sides.generate(engine, [p for p in prompts for _ in range(n)], params, on_progress=show)
     return [outputs[first : first + n] for first in range(0, len(outputs), n)]
 
 
@@ -182,17 +183,12 @@ def run(config: SelectConfig, work: Work) -> dict:
         CheckpointError: policy and reward model have other tokenizers. DataError: nothing can be kept.
     """
     policy = load_checkpoint(checkpoint_in(work.inputs["policy"]))
-    reward = RewardModel.load(work.inputs["reward"] / "checkpoint")
-    if reward.tokenizer.fingerprint != policy.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{work.inputs['reward']} was trained with another tokenizer than {work.inputs['policy']}",
-            hint="train the reward model from this policy's own tokenizer",
-        )
+    reward = RewardModel.load(work.inputs["reward"] / "checkpoint", reads=policy.tokenizer)
     path = work.inputs["lessons"] / "prompts.jsonl"
     conversations = list(islice(read_conversations(path), config.prompts))
     if len(conversations) < config.prompts:
         log.warning(f"only {len(conversations)} practice prompts, {config.prompts} were asked for")
-    engine = Engine(policy.model, max_batch=config.max_batch)
+    engine = Engine(policy.model, max_batch=config.max_batch, num_kept=0)
     rows, found = select(engine, ChatFormat(policy.tokenizer), conversations, reward, config, work.seed)
     chance = random.Random(f"{work.seed} split")
     parts: dict[str, list[Conversation]] = {"train": [], "valid": []}
