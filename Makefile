@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: demo demo-long test test-slow lint install clean
 
 demo demo-long: $(VENV)/.installed
@@ -15,10 +17,10 @@ demo demo-long: $(VENV)/.installed
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/lyceum chat runs/$@; fi
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
