@@ -148,14 +148,19 @@ def sides(kind: str, options: argparse.Namespace) -> dict[str, str]:
 def measure(kind: str, folder: Path, size: Size, options: argparse.Namespace) -> dict[str, Any]:
     """All sides of one stage in turn; returns their figures."""
     (folder / f"{kind}.json").write_text(json.dumps(list(rows_for_trl(kind, folder, size))))
-    workers: dict[str, Worker] = {}
-    for name, python in sides(kind, options).items():
+    started: dict[str, Worker] = {}
+    for name, python in reversed(sides(kind, options).items()):
         job = {"kind": kind, "rows": options.trl_rows, "seed": 0, "rate": RATE.get(kind, 1e-4), "warm": 2}
-        worker = Worker(name, python, folder, size, job)
-        if worker.first is None:
-            print(f"{kind}: {name} skipped, it does not start: {worker.error()!r}")
-        else:
+        if name == "lyceum":  # last and alone, since what it does before its first step is measured
+            for other in started.values():
+                other.ready()
+        started[name] = Worker(name, python, folder, size, job)
+    workers: dict[str, Worker] = {}
+    for name, worker in reversed(started.items()):
+        if worker.ready():
             workers[name] = worker
+        else:
+            print(f"{kind}: {name} skipped, it does not start: {worker.error()!r}")
     speeds: dict[str, list[float]] = {name: [] for name in workers}
     contest = CONTESTS[kind]
     for _ in range(1 if options.short else options.rounds):
@@ -206,6 +211,7 @@ def learn(folder: Path, size: Size, options: argparse.Namespace) -> dict[str, An
         for name, python in sides("grpo", options).items():
             job = {"kind": "grpo", "rows": options.trl_rows, "seed": seed, "rate": LEARN_RATE, "warm": 0}
             worker = Worker(name, python, folder, size, job)
+            worker.ready()
             turn = worker.turn(options.learn)
             worker.finish()
             found[name]["reward"].append(statistics.mean(turn["scores"][-4:]))
@@ -232,7 +238,12 @@ class Worker:
         )  # fmt: skip
         self.losses: list[float] = []
         self.facts: dict[str, Any] = {}
-        self.first = self._answer()
+        self._first: dict[str, Any] | None = None
+
+    def ready(self) -> bool:
+        """Wait until it has made its first iterations; False if it has ended."""
+        self._first = self._first or self._answer()
+        return self._first is not None
 
     def turn(self, seconds: float, steps: int = 1) -> dict[str, Any]:
         """Train for so long, and for so many iterations at least; returns the seconds of each."""
