@@ -192,6 +192,28 @@ def bucket_groups(widths: Sequence[int], sizes: Sequence[int], max_tokens: int, 
     return [groups[number] for number in generator.permutation(len(groups))]
 
 
+def bucket_alike(lengths: Sequence[int], groups: Sequence[int], max_tokens: int, seed: int) -> list[list[int]]:
+    """As `bucket`, where the rows of one group stand together, as many as there is room for.
+
+    Args:
+        groups: the group of each row: which prompt it answers.
+
+    Raises:
+        ConfigError: one row alone is longer than `max_tokens`.
+    """
+    check_room(max(lengths, default=0), max_tokens)
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    parts: list[list[int]] = []
+    for rows in members.values():
+        room = max_tokens // max(lengths[row] for row in rows)
+        parts += [rows[start : start + room] for start in range(0, len(rows), room)]
+    widths = [max(lengths[row] for row in part) for part in parts]
+    found = bucket_groups(widths, [len(part) for part in parts], max_tokens, seed) if parts else []
+    return [[row for part in group for row in parts[part]] for group in found]
+
+
 def check_room(longest: int, max_tokens: int) -> None:
     """Refuse a micro-batch that is smaller than what must stand in one of them together."""
     if longest > max_tokens:

@@ -272,6 +272,11 @@ class PreferenceBatch:
     reference_B: Tensor
     pad_id: int
 
+    @property
+    def group_B(self) -> Tensor:
+        """Which of the prompts each row answers."""
+        return torch.repeat_interleave(torch.tensor([len(one.responses) for one in self.judged]))
+
     def halves(self) -> list[PreferenceBatch]:
         """The first and the second half of the prompts, each as wide as its longest row; one prompt stays whole."""
         middle = len(self.judged) // 2

@@ -147,6 +147,8 @@ class Window:
     Rows first, first + 1, ... bring one token each, behind the `starts` that they hold; then come the chunks.
     """
 
+    is_kept = True
+
     def __init__(self, cache: Cache, first: int, starts: list[int], chunks: list[Stretch]):
         self._cache = cache
         self._rows = slice(first, first + len(starts))

@@ -41,7 +41,10 @@ class KeyValueCache(Protocol):
     """What attention asks of a cache; the engine supplies one.
 
     With a cache the tokens of a pass are one row of N: those of several sequences, one behind the other.
+    is_kept: later passes see what this one stores.
     """
+
+    is_kept: bool
 
     def positions(self, num_new: int) -> Tensor:
         """Return the absolute positions (1, N) of the tokens that this forward pass brings."""
@@ -91,21 +94,31 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_width, spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(spec.head_width, spec.norm_eps) if spec.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, table: Tensor | None, layer: int, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        table: Tensor | None,
+        layer: int,
+        cache: KeyValueCache | None = None,
+        at_N: Tensor | None = None,
+    ) -> Tensor:
         """Mix the tokens of each row; `layer` is this layer's number.
 
-        `table` is the rotary table at the tokens' positions; None where these were added to the embedding.
+        `table` is the rotary table at the tokens' positions; None where these were added to the embedding. With `at_N` only
+        what these positions of (B, T) get is returned, (N, D).
         """
-        if table is not None and cache is None and is_fast(x_BTD, *self._linears()):
+        if table is not None and (cache is None or not cache.is_kept) and is_fast(x_BTD, *self._linears()):
             q_BTHE, k_BTKE, v_BTKE = self._fast_project(x_BTD, table)
         else:
             q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD, table)
         if cache is not None:
             kv_N2KE = torch.stack((k_BTKE[0], v_BTKE[0]), dim=1)
-            return self.o_proj(attend(q_BTHE[0], cache.append(layer, kv_N2KE)).unsqueeze(0))
-        q_BHTE, k_BKTE, v_BKTE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
-        mixed_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=self.is_grouped)
-        return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(2))
+            mixed = attend(q_BTHE[0], cache.append(layer, kv_N2KE)).unsqueeze(0)
+        else:
+            q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+            mixed_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.is_grouped)
+            mixed = mixed_BHTE.transpose(1, 2).flatten(2)
+        return self.o_proj(mixed if at_N is None else mixed.flatten(0, 1).index_select(0, at_N))
 
     def _linears(self) -> tuple[nn.Module, ...]:
         return self.q_proj, self.k_proj, self.v_proj
@@ -117,7 +130,7 @@ class Attention(nn.Module):
         return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
 
     def _fast_project(self, x_BTD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`_project` with query and key heads `paired`; never for a cache, whose keys must all have one order."""
+        """`_project` with query and key heads `paired`; never for keys that are kept, which must all have one order."""
         weights = (self._paired(self.q_proj.weight), self._paired(self.k_proj.weight), self.v_proj.weight)
         q, k, v = (part.unflatten(-1, (-1, self.head_width)) for part in FastLinears.apply(x_BTD, *weights))
         return self._norm_rotate(q, self.q_norm, table), self._norm_rotate(k, self.k_norm, table), v

@@ -3,7 +3,7 @@
 Why: a reward model is the policy with its output layer replaced by a single row (Stiennon et al. 2020, section 3.4);
 a critic is the same thing with another loss. Both are saved as Hugging Face sequence classifiers with one label.
 
-Shapes: B batch, T time, D width.
+Shapes: B batch, T time, N positions picked out of (B, T), D width.
 What it is not: it does not choose the position that counts (the last real token, for a reward), nor the centre that
 is taken off a reward, which stands in `lyceum.json` as `reward_centre`.
 """
@@ -37,14 +37,12 @@ class ScoreModel(nn.Module):
         """Put a fresh head on `decoder`; nothing is copied."""
         return cls(decoder, generator)
 
-    def forward(self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None, at_B: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None, at_N: Tensor | None = None) -> Tensor:
         """Return the raw score (B, T) at every position: what the model says of each row up to there.
 
-        With `at_B` only the score (B,) at that position of each row.
+        With `at_N`, positions b T + t, only the scores (N,) there.
         """
-        hidden = self.decoder(tokens_BT, cache=cache)
-        if at_B is not None:
-            hidden = hidden[torch.arange(len(at_B), device=hidden.device), at_B]
+        hidden = self.decoder(tokens_BT, cache=cache, at_N=at_N)
         with torch.autocast(hidden.device.type, enabled=False):  # two scores are told apart by their last digits
             return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
 

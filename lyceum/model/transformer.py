@@ -4,7 +4,7 @@ Why: one architecture, Qwen3's by default, with the parameter names of its Huggi
 what `transformers`, vLLM and llama.cpp open. Its relatives (Llama, Qwen2, GPT-2) are the same decoder with other words in
 the ModelSpec. Logits are apart, so that a loss can be computed in chunks of tokens and so that a reward head needs none.
 
-Shapes: B batch, T time, D width, V vocabulary.
+Shapes: B batch, T time, N positions picked out of (B, T), D width, V vocabulary.
 Run it: `Decoder(spec)(tokens_BT)`; `lyceum.model.checkpoint` saves and loads it.
 What it is not: it returns no loss and knows no device, precision, shards or compiler.
 """
@@ -31,9 +31,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = NORMS[spec.norm](spec.width, eps=spec.norm_eps)
         self.mlp = FFNS[spec.ffn](spec)
 
-    def forward(self, x_BTD: Tensor, table: Tensor | None, layer: int, cache: KeyValueCache | None) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), table, layer, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(
+        self, x_BTD: Tensor, table: Tensor | None, layer: int, cache: KeyValueCache | None, at_N: Tensor | None = None
+    ) -> Tensor:
+        """The next hidden states; with `at_N` only those of these positions of (B, T), which alone go through the ffn."""
+        mixed = self.self_attn(self.input_layernorm(x_BTD), table, layer, cache, at_N)
+        x = (x_BTD if at_N is None else x_BTD.flatten(0, 1).index_select(0, at_N)) + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Trunk(nn.Module):
@@ -63,13 +67,20 @@ class Decoder(nn.Module):
         self.initialize(generator)
 
     def forward(
-        self, tokens_BT: Tensor, *, cache: KeyValueCache | None = None, noise_BTD: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        noise_BTD: Tensor | None = None,
+        at_N: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states (B, T, D) after the final norm.
 
         Rows are right-padded: what stands after a token never reaches it, so no mask is needed. With a cache there is
         one row: the new tokens of several sequences, one behind the other, each continuing what the cache holds of its
-        own. Noise, if given, is added to the embeddings. Raises UsageError when a row is longer than the context.
+        own. Noise, if given, is added to the embeddings. With `at_N`, positions b T + t, only those hidden states (N, D) are
+        returned, and the last layer computes no more than they need. Raises UsageError when a row is longer than the
+        context.
         """
         num_new = tokens_BT.shape[1]
         if cache is None and num_new > self.spec.context_length:
@@ -86,8 +97,9 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.model.embed_positions.weight[at]
         else:
             table = self._rotary_table(x_BTD)[at]
+        last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, table, layer, cache)
+            x_BTD = block(x_BTD, table, layer, cache, at_N if layer == last else None)
         return self.model.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:

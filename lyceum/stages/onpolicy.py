@@ -12,7 +12,8 @@ ratio that is not 1, a KL to the reference that is not 0 before the first update
 No episode disappears unsaid: one without a token, or whose reward cannot be told, is left out of the update and counted
 (`rollout/empty`, `rollout/unscorable`), and so are prompts that leave no room for a reply.
 
-Shapes: B episodes, T positions, D width. What it is not: asynchronous, or able to mend a sampler that is not the policy.
+Shapes: B episodes, T positions, N chosen tokens of all episodes, D width. What it is not: asynchronous, or able to mend a
+sampler that is not the policy.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lyceum import dist
-from lyceum.batches.pack import TokenBatch, bucket
+from lyceum import device, dist
+from lyceum.batches.pack import TokenBatch, bucket, bucket_alike
 from lyceum.batches.pairs import Prompts, read_prompts
 from lyceum.batches.shards import Shards
 from lyceum.batches.stream import Stream, token_batch
@@ -35,6 +36,7 @@ from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import mix_seed
 from lyceum.errors import CheckpointError, RunError, TrainingError
 from lyceum.log import log
+from lyceum.model.branches import Branches, read
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.reference import reference_of, train_top_layers
 from lyceum.model.transformer import Decoder
@@ -71,6 +73,7 @@ from lyceum.stages.rollouts import (
 )
 from lyceum.tokens.chat import ChatFormat
 from lyceum.train import policy as algebra
+from lyceum.train import workers
 from lyceum.train.advantages import num_flat_groups
 from lyceum.train.losses import next_token_loss
 from lyceum.train.objectives import AGGREGATORS, OBJECTIVES, Clip
@@ -229,8 +232,15 @@ class OnPolicy(Stage[Batch]):
     def episodes(self, rollout: Rollout, chosen: Tensor, index: int) -> list[Rollout]:
         """This rank's part of the chosen episodes, in micro-batches of similar length."""
         mine = torch.isin(rollout.number_B.cpu(), chosen).nonzero().flatten()
-        groups = bucket(rollout.lengths_B.cpu()[mine].tolist(), self.config.micro_tokens, mix_seed(self.seed, index, 3))
-        return [rollout.rows(mine[group].tolist()) for group in groups]
+        part = rollout.rows(mine.tolist())
+        return [part.rows(group) for group in self.groups(part, mix_seed(self.seed, index, 3))]
+
+    def groups(self, rollout: Rollout, seed: int) -> list[list[int]]:
+        """Rows of similar length together, and where a prompt has several replies, these, so that it is read once."""
+        lengths, size = rollout.lengths_B.tolist(), self.config.micro_tokens
+        if self.config.group_size == 1:
+            return bucket(lengths, size, seed)
+        return bucket_alike(lengths, rollout.group_B.tolist(), size, seed)
 
     def text_batches(self, index: int) -> list[TokenBatch]:
         """This rank's rows of pretraining text for step `index`: a function of the step alone."""
@@ -334,30 +344,49 @@ class OnPolicy(Stage[Batch]):
             self._engine.update_weights(self.policy)
         return self._engine
 
-    @torch.no_grad()
     def fill_in(self, rollout: Rollout) -> None:
-        """Log-probabilities of policy and reference, and values, each by the training graph on the same padded rows."""
-        for group in bucket(rollout.lengths_B.tolist(), self.config.micro_tokens, 0):
-            part = rollout.rows(group)
-            index, width = torch.tensor(group, device=self.device), part.tokens_BT.shape[1]
-            hidden_BTD = self.policy(part.tokens_BT)
-            logp_BT, entropy_BT = self.logprobs(self.policy, hidden_BTD, part)
-            reference_BT, _ = self.logprobs(self.reference, self.reference(part.tokens_BT), part, with_entropy=False)
-            rollout.logp_old_BT[index, :width] = logp_BT
-            rollout.entropy_BT[index, :width] = entropy_BT
-            rollout.logp_ref_BT[index, :width] = reference_BT
-            rollout.value_old_BT[index, :width] = self.values(part, hidden_BTD)
+        """Log-probabilities of policy and reference, and values, each by the training graph on the same padded rows.
+
+        On a CPU threads share the rows, as they do in training.
+        """
+        groups = self.groups(rollout, 0)
+        count = 1
+        if self.device.type == "cpu":
+            count = max(1, min(len(groups), workers.num_workers(self.config.micro_tokens)))
+
+        @torch.no_grad()  # which is each thread's own affair
+        def go(number: int) -> None:
+            for group in groups[number::count]:
+                part = rollout.rows(group)
+                index, width = torch.tensor(group, device=self.device), part.tokens_BT.shape[1]
+                hidden_ND = self.hidden(self.policy, part)
+                logp_BT, entropy_BT = self.logprobs(self.policy, hidden_ND, part)
+                other_ND = self.hidden(self.reference, part)
+                reference_BT, _ = self.logprobs(self.reference, other_ND, part, with_entropy=False)
+                rollout.logp_old_BT[index, :width] = logp_BT
+                rollout.entropy_BT[index, :width] = entropy_BT
+                rollout.logp_ref_BT[index, :width] = reference_BT
+                rollout.value_old_BT[index, :width] = self.values(part, hidden_ND)
+
+        device.side_by_side(go, count)
+
+    def hidden(self, model: Decoder, part: Rollout) -> Tensor:
+        """Hidden states (N, D) where tokens were chosen, one before each: those that predict them."""
+        branches = None
+        if self.config.group_size > 1:
+            branches = Branches.of(part.tokens_BT, part.lengths_B, part.group_B)
+        return read(model, part.tokens_BT, algebra.predicting(part.mask_BT), branches)
 
     def logprobs(
-        self, model: Decoder, hidden_BTD: Tensor, part: Rollout, *, with_entropy: bool = True
+        self, model: Decoder, hidden_ND: Tensor, part: Rollout, *, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the chosen tokens at the sampling temperature, and the entropy of each choice."""
         return algebra.chosen_logprobs(
-            hidden_BTD, model.logits, part.tokens_BT, part.mask_BT,
+            hidden_ND, model.output_weight, part.tokens_BT, part.mask_BT,
             temperature=self.config.temperature, with_entropy=with_entropy,
         )  # fmt: skip
 
-    def values(self, part: Rollout, hidden_BTD: Tensor) -> Tensor:
+    def values(self, part: Rollout, hidden_ND: Tensor) -> Tensor:
         """Values of the states in which tokens were chosen, for a method with a critic; 0 without."""
         return torch.zeros_like(part.value_old_BT)
 
@@ -378,15 +407,15 @@ class OnPolicy(Stage[Batch]):
     def loss(self, micro_batch: Batch) -> tuple[dict[str, Term], Metrics]:
         """The policy's losses of some episodes, or the pretraining loss of some text."""
         if isinstance(micro_batch, Rollout):
-            return self.policy_terms(micro_batch, self.policy(micro_batch.tokens_BT))
+            return self.policy_terms(micro_batch, self.hidden(self.policy, micro_batch))
         total, count, _ = next_token_loss(self.policy, micro_batch.tokens_BT, micro_batch.weights_BT)
         weight = self.config.ptx_coef * self.policy_weight
         return {"ptx": Term(total, weight)}, {"ptx/loss": (total.detach(), count)}
 
-    def policy_terms(self, part: Rollout, hidden_BTD: Tensor) -> tuple[dict[str, Term], Metrics]:
+    def policy_terms(self, part: Rollout, hidden_ND: Tensor) -> tuple[dict[str, Term], Metrics]:
         """The surrogate and, where it is a term, the KL to the reference."""
         config, mask_BT = self.config, part.mask_BT
-        logp_BT, entropy_BT = self.logprobs(self.policy, hidden_BTD, part)
+        logp_BT, entropy_BT = self.logprobs(self.policy, hidden_ND, part)
         if not self.is_proven:
             check_first_ratio(logp_BT, part, config.max_logprob_gap)
             self.is_proven = True

@@ -34,7 +34,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lyceum.batches.pack import TokenBatch
@@ -50,6 +49,7 @@ from lyceum.stages.rewards import Dense, RewardSource, Score
 from lyceum.stages.rollouts import Rollout, explained_variance
 from lyceum.train.loop import run_stage
 from lyceum.train.objectives import clipped_value_loss
+from lyceum.train.policy import predicting
 from lyceum.train.stage import Metrics, Term, Trained
 
 if TYPE_CHECKING:
@@ -91,10 +91,12 @@ class PPOConfig(OnPolicyConfig):
 # ---------------------------------------------------------------- equations (see train/advantages.py, objectives.py)
 
 
-def shifted_values(score_BT: Tensor, mask_BT: Tensor, offset: float) -> Tensor:
-    """V_t, the value of the state in which token t is chosen: the critic's output at t - 1, less `offset`."""
-    value_BT = F.pad(score_BT[:, :-1], (1, 0)) - offset
-    return value_BT.masked_fill(~mask_BT, 0.0)
+def shifted_values(score_N: Tensor, mask_BT: Tensor, offset: float) -> Tensor:
+    """V_t, the value of the state in which token t is chosen: the critic's output at t - 1, less `offset`; else 0.
+
+    score_N: that output at the positions `lyceum.train.policy.predicting(mask_BT)`.
+    """
+    return score_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, score_N - offset)
 
 
 # ---------------------------------------------------------------- the stage
@@ -149,11 +151,13 @@ class PPO(OnPolicy):
         critic_settings = config.optimizer(lr=config.critic_lr, matrix_lr=config.critic_matrix_lr)
         self.trained["critic"] = Trained(self.critic, critic_settings, config.clip_norm, save_as=None)
 
-    def values(self, part: Rollout, hidden_BTD: Tensor) -> Tensor:
+    def values(self, part: Rollout, hidden_ND: Tensor) -> Tensor:
         """The critic's value of each state in which a token was chosen."""
-        own = isinstance(self.critic, ScoreModel)
-        score_BT = self.critic(part.tokens_BT) if own else self.critic(hidden_BTD).squeeze(-1)
-        return shifted_values(score_BT, part.mask_BT, self.value_offset)
+        if isinstance(self.critic, ScoreModel):
+            score_N = self.critic(part.tokens_BT, at_N=predicting(part.mask_BT))
+        else:
+            score_N = self.critic(hidden_ND).squeeze(-1)
+        return shifted_values(score_N, part.mask_BT, self.value_offset)
 
     def note(self, rollout: Rollout, kl_BT: Tensor, counted: dict[str, float]) -> None:
         """Adds how well the critic knew the returns."""
@@ -167,11 +171,11 @@ class PPO(OnPolicy):
         value = {"value": float(micro_batch.num_tokens)} if isinstance(micro_batch, Rollout) else {}
         return {**super().counts(micro_batch), **value}
 
-    def policy_terms(self, part: Rollout, hidden_BTD: Tensor) -> tuple[dict[str, Term], Metrics]:
+    def policy_terms(self, part: Rollout, hidden_ND: Tensor) -> tuple[dict[str, Term], Metrics]:
         """The policy's terms and the clipped value loss."""
-        terms, metrics = super().policy_terms(part, hidden_BTD)
+        terms, metrics = super().policy_terms(part, hidden_ND)
         error_BT, clipped_BT = clipped_value_loss(
-            self.values(part, hidden_BTD), part.value_old_BT, part.return_BT, part.mask_BT, self.config.value_clip
+            self.values(part, hidden_ND), part.value_old_BT, part.return_BT, part.mask_BT, self.config.value_clip
         )
         terms["value"] = Term(error_BT.sum(), self.config.vf_coef)
         return terms, {**metrics, "val/clipfrac": (clipped_BT.sum(), float(part.num_tokens))}

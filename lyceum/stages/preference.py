@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lyceum import dist
 from lyceum.batches import preferences
@@ -248,7 +249,7 @@ class Preference(Stage[PreferenceBatch]):
     @torch.no_grad()
     def _check_reference(self, batches: Sequence[PreferenceBatch]) -> None:
         for batch in batches:
-            logp_R = response_logprobs(self.model, batch.tokens_BT, batch.starts_B, batch.lengths_B).double().cpu()
+            logp_R = self._logprobs(batch).detach().double()
             gap = float(((logp_R - batch.reference_B).abs() / (batch.lengths_B - batch.starts_B)).max())
             if not gap <= FIRST_GAP:
                 raise TrainingError(
@@ -263,7 +264,7 @@ class Preference(Stage[PreferenceBatch]):
         sums = {"total": 0.0, "count": 0.0}
         for part in (batch.strangers() for batch in batches):
             if part is not None:
-                logp_R = response_logprobs(self.model, part.tokens_BT, part.starts_B, part.lengths_B).double().cpu()
+                logp_R = self._logprobs(part).double()
                 sums["total"] += float((logp_R - part.reference_B).sum())
                 sums["count"] += len(part.judged)
         sums = dist.sum_numbers(sums)
@@ -282,7 +283,7 @@ class Preference(Stage[PreferenceBatch]):
     def loss(self, micro_batch: PreferenceBatch) -> tuple[dict[str, Term], Metrics]:
         """The method's loss, and the likelihood term if it has one; one forward pass for each response."""
         batch, sides = micro_batch, micro_batch.sides
-        logp_R = response_logprobs(self.model, batch.tokens_BT, batch.starts_B, batch.lengths_B).cpu()
+        logp_R = self._logprobs(batch)
         length_R = batch.lengths_B - batch.starts_B
         reward_R = self.objective.reward(logp_R, batch.reference_B, length_R)
         terms = {
@@ -302,6 +303,9 @@ class Preference(Stage[PreferenceBatch]):
             right = (margin_P > TIE).sum() + 0.5 * (margin_P.abs() <= TIE).sum()
             metrics["rewards/accuracies"] = (right, float(len(margin_P)))
         return terms, metrics
+
+    def _logprobs(self, batch: PreferenceBatch) -> Tensor:
+        return response_logprobs(self.model, batch.tokens_BT, batch.starts_B, batch.lengths_B, batch.group_B).cpu()
 
     def halves(self, micro_batch: PreferenceBatch) -> list[PreferenceBatch]:
         """Its prompts in two."""

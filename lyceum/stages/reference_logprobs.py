@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lyceum import dist
-from lyceum.batches.pack import bucket, pad
+from lyceum.batches.pack import bucket_alike, pad
 from lyceum.batches.preferences import Judged
 from lyceum.errors import CheckpointError
 from lyceum.log import log
@@ -43,10 +43,11 @@ def with_reference(
     """
     rows = [row for one in judged for row in one.rows()]
     starts = [len(one.prompt) for one in judged for _ in one.rows()]
+    owners = [number for number, one in enumerate(judged) for _ in one.rows()]
     key = key_of(model, rows, starts)
     logp_N = _kept(folder, key, len(rows)) if folder else None
     if logp_N is None:
-        logp_N = _computed(model, rows, starts, micro_tokens)
+        logp_N = _computed(model, rows, starts, owners, micro_tokens)
         if folder:
             write_state(folder / FILE, {"logp": logp_N}, {"key": key, "step": 0})
     values, found, first = logp_N.tolist(), [], 0
@@ -85,14 +86,16 @@ def _kept(folder: Path, key: str, num_rows: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def _computed(model: Decoder, rows: Sequence[list[int]], starts: Sequence[int], micro_tokens: int) -> Tensor:
+def _computed(
+    model: Decoder, rows: Sequence[list[int]], starts: Sequence[int], owners: Sequence[int], micro_tokens: int
+) -> Tensor:
     log.info(f"  the reference's log-probabilities of {len(rows):,} responses: computed once")
     lengths = [len(row) for row in rows]
     logp_N = torch.zeros(len(rows), dtype=torch.float64)
     model.eval()
-    for group in dist.share(bucket(lengths, max([micro_tokens, *lengths]), 0)):
+    for group in dist.share(bucket_alike(lengths, owners, max([micro_tokens, *lengths]), 0)):
         tokens_BT, lengths_B = pad([rows[i] for i in group], 0)
-        starts_B = torch.tensor([starts[i] for i in group])
-        logp_N[group] = response_logprobs(model, tokens_BT, starts_B, lengths_B).double().cpu()
+        starts_B, owners_B = torch.tensor([starts[i] for i in group]), torch.tensor([owners[i] for i in group])
+        logp_N[group] = response_logprobs(model, tokens_BT, starts_B, lengths_B, owners_B).double().cpu()
     dist.sum_tensors(logp_N)
     return logp_N

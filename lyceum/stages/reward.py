@@ -40,6 +40,7 @@ from lyceum.batches.pairs import EncodedRanking, EncodedRankings, RankingBatch, 
 from lyceum.config import setting
 from lyceum.corpus.records import read_rankings
 from lyceum.errors import CheckpointError, TrainingError
+from lyceum.model.branches import Branches, read
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.heads import ScoreModel
 from lyceum.model.transformer import Decoder
@@ -87,10 +88,12 @@ class RewardConfig(TrainConfig):
 # ---------------------------------------------------------------- equations (pairs and their loss: train/policy.py)
 
 
-def last_scores(model: ScoreModel, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """The raw score (B,) at the last real token of each right-padded row."""
+def last_scores(model: ScoreModel, tokens_BT: Tensor, lengths_B: Tensor, group_B: Tensor | None = None) -> Tensor:
+    """The raw score (B,) at the last real token of each right-padded row; what rows of a group share is read once."""
     device = model.score.weight.device
-    return model(tokens_BT.to(device), at_B=lengths_B.to(device) - 1)
+    ends_B = torch.arange(len(lengths_B)) * tokens_BT.shape[1] + lengths_B.cpu() - 1
+    branches = None if group_B is None else Branches.of(tokens_BT.to(device), lengths_B.to(device), group_B.to(device))
+    return read(model, tokens_BT.to(device), ends_B.to(device), branches)
 
 
 def pair_probabilities(batch: RankingBatch, pairs: algebra.Pairs) -> Tensor | None:
@@ -308,7 +311,7 @@ class Reward(Stage[RankingBatch]):
 
     def loss(self, micro_batch: RankingBatch) -> tuple[dict[str, Term], Metrics]:
         """The mean pair loss of each prompt, summed over prompts; one forward for each response."""
-        score_B = last_scores(self.model, micro_batch.tokens_BT, micro_batch.lengths_B).cpu()
+        score_B = last_scores(self.model, micro_batch.tokens_BT, micro_batch.lengths_B, micro_batch.group_B).cpu()
         pairs = algebra.ranking_pairs(micro_batch.ranks_B, micro_batch.group_B)
         probability_P = pair_probabilities(micro_batch, pairs)
         total = algebra.ranking_loss(score_B, pairs, required_margin=self.config.margin, probability_P=probability_P)

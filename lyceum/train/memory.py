@@ -10,7 +10,8 @@ The parts are counted from the code that allocates them (fp32, 4 bytes a number)
                   matrices needs while it is orthogonalised: large blocks, which lie where activations and logits were if
                   these left twice as much, beside them if not
     activations   what autograd keeps of a micro-batch, and one layer's temporaries on the way back
-    logits        chunks of them (`lyceum.train.losses`), or all that a policy's tokens need, and the head's gradient
+    logits        chunks of them, and the softmax of all that a policy's tokens need (`lyceum.train.losses`), and the head's
+                  gradient
     cache         the sampler's keys and values
 
 SLACK and MUON_COPIES are measured: the growth of the resident memory over what the tensors take, in short trainings on a
@@ -29,12 +30,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lyceum.model.spec import ModelSpec
-from lyceum.train.losses import chunk_rows
+from lyceum.train.losses import MOST_KEPT, chunk_rows
 
 BASE_BYTES = 272_000_000  # resident before training: Python, torch, our modules
 SLACK = 1.15  # what a heap holds over what is in it
 MUON_COPIES = 6  # of the widest group of equal matrices
-CHOSEN_CHUNK = 4096  # positions whose logits a policy loss holds at once: `policy.chosen_logprobs`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 
 Memory = dict[str, int]  # part -> bytes
@@ -80,10 +80,10 @@ def training_memory(
     heads = spec.num_layers * spec.width * spec.num_heads * spec.head_width
     same = 4 if spec.num_kv_heads == spec.num_heads and spec.num_heads * spec.head_width == spec.width else 2
     orthogonalised = max(2 * spec.num_layers * spec.width * spec.ffn_width, same * heads) if matrix_lr else 0
-    head = spec.vocab_size * spec.width
+    head, chunk = spec.vocab_size * spec.width, chunk_rows(micro_tokens, spec.vocab_size)
     logits = {
-        "text": chunk_rows(micro_tokens, spec.vocab_size) * spec.vocab_size + 2 * head + 2 * micro_tokens * spec.width,
-        "chosen": 4 * min(micro_tokens, CHOSEN_CHUNK) * spec.vocab_size + head,
+        "text": chunk * spec.vocab_size + 2 * head + 2 * micro_tokens * spec.width,
+        "chosen": (min(micro_tokens, MOST_KEPT) + 2 * chunk) * spec.vocab_size + head,
         "score": 0,
     }[loss]
     kept = kept_per_token(spec)

@@ -164,10 +164,10 @@ def _without_weights(module: nn.Module) -> nn.Module:
 def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     fused = torch.compile(forward, dynamic=False)
 
-    def either(x_BTD: Tensor, table: Tensor | None, layer: int, cache: Any) -> Tensor:
-        if cache is None and torch.is_grad_enabled():
+    def either(x_BTD: Tensor, table: Tensor | None, layer: int, cache: Any, at_N: Tensor | None = None) -> Tensor:
+        if cache is None and at_N is None and torch.is_grad_enabled():  # how many positions are picked out varies
             return fused(x_BTD, table, 0, None)  # a layer's number is for its cache, and would be compiled in
-        return forward(x_BTD, table, layer, cache)
+        return forward(x_BTD, table, layer, cache, at_N)
 
     return either
 

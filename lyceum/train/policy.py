@@ -21,93 +21,52 @@ What it is not: it knows no model, optimizer, tokenizer or rank; sums over ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from lyceum.train.losses import token_logprobs
 
 # ---------------------------------------------------------------- log-probabilities
 
 
-def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each chosen token under softmax(logits / temperature).
-
-    Args:
-        logits_NV: raw logits, in any floating type; the softmax is computed in at least float32.
-        tokens_N: chosen ids.
-        temperature: the sampling temperature, > 0; it must be the sampler's, or ratios are biased.
-
-    Returns:
-        logp_N.
-    """
-    scaled_NV = _scaled(logits_NV, temperature)
-    return scaled_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1) - scaled_NV.logsumexp(-1)
-
-
-def token_entropy(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature) at each position: entropy_N, never negative."""
-    scaled_NV = _scaled(logits_NV, temperature)
-    logsum_N = scaled_NV.logsumexp(-1)
-    p_NV = (scaled_NV - logsum_N.unsqueeze(-1)).exp_()
-    return (logsum_N - torch.einsum("nv,nv->n", p_NV, scaled_NV)).clamp(min=0.0)
+def predicting(mask_BT: Tensor) -> Tensor:
+    """Positions b T + t of the hidden states that predict the masked tokens, in their order; column 0 must be 0."""
+    chosen_BT = mask_BT.bool()
+    assert not bool(chosen_BT[:, 0].any()), "column 0 has no prefix that could predict it"
+    return chosen_BT.flatten().nonzero().squeeze(1) - 1
 
 
 def chosen_logprobs(
-    hidden_BTD: Tensor,
-    to_logits: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    head_VD: Tensor,
     tokens_BT: Tensor,
     mask_BT: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 4096,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the masked tokens, with logits computed only where a masked token was chosen.
+    """Log-probabilities of the masked tokens, from the hidden states that predict them and no others.
 
-    The hidden state at position t - 1 predicts token t. At most `chunk_tokens` rows of logits exist at a time; when
-    more are needed and a gradient is wanted, a chunk's logits are computed again in the backward pass, not kept.
+    The hidden state at position t - 1 predicts token t: see `predicting`.
 
     Args:
-        hidden_BTD: hidden states after the final norm.
-        to_logits: maps (n, D) to (n, V).
-        tokens_BT: ids; column 0 is never predicted.
-        mask_BT: 1 on the tokens to score; column 0 must be 0.
+        hidden_ND: hidden states after the final norm, at the positions `predicting(mask_BT)`.
+        head_VD: output embedding.
+        tokens_BT: ids.
+        mask_BT: 1 on the tokens to score.
         temperature: > 0.
-        chunk_tokens: rows of logits held at once.
         with_entropy: also return the entropy of each choice (without gradient).
 
     Returns:
         logp_BT and entropy_BT (all 0 unless asked for); both exactly 0 outside the mask.
     """
     chosen_BT = mask_BT.bool()
-    assert not bool(chosen_BT[:, 0].any()), "column 0 has no prefix that could predict it"
-    hidden_ND = hidden_BTD[:, :-1][chosen_BT[:, 1:]]
-    tokens_N = tokens_BT[chosen_BT]
-
-    def one_chunk(hidden_nD: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
-        logits_nV = to_logits(hidden_nD)
-        logp_n = token_logprobs(logits_nV, tokens_n, temperature)
-        if not with_entropy:
-            return logp_n, torch.zeros_like(logp_n)
-        with torch.no_grad():
-            return logp_n, token_entropy(logits_nV, temperature)
-
-    chunks = list(zip(hidden_ND.split(chunk_tokens), tokens_N.split(chunk_tokens), strict=True))
-    recompute = len(chunks) > 1 and torch.is_grad_enabled()
-    parts = [checkpoint(one_chunk, *c, use_reentrant=False) if recompute else one_chunk(*c) for c in chunks]
-    logp_N = torch.cat([logp_n for logp_n, _ in parts])
-    logp_BT = logp_N.new_zeros(tokens_BT.shape).masked_scatter(chosen_BT, logp_N)
-    entropy_N = torch.cat([entropy_n for _, entropy_n in parts])
-    return logp_BT, entropy_N.new_zeros(tokens_BT.shape).masked_scatter(chosen_BT, entropy_N)
-
-
-def _scaled(logits_NV: Tensor, temperature: float) -> Tensor:
-    assert temperature > 0, "a log-probability needs a temperature above 0"
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return wide if temperature == 1.0 else wide / temperature
+    numbers = token_logprobs(hidden_ND, head_VD, tokens_BT[chosen_BT], temperature, with_entropy=with_entropy)
+    logp_BT, entropy_BT = (x_N.new_zeros(tokens_BT.shape).masked_scatter(chosen_BT, x_N) for x_N in numbers)
+    return logp_BT, entropy_BT
 
 
 # ---------------------------------------------------------------- masked statistics

@@ -34,19 +34,27 @@ from torch import Tensor
 
 from lyceum.batches.preferences import Sides
 from lyceum.errors import ConfigError, did_you_mean
-from lyceum.train.policy import chosen_logprobs, pair_loss
+from lyceum.model.branches import Branches, read
+from lyceum.train.policy import chosen_logprobs, pair_loss, predicting
 
 MAX_LOGP = -1e-6  # of a token, where odds are taken: at a probability of 1 they are infinite
 
 
-def response_logprobs(model: Any, tokens_BT: Tensor, starts_B: Tensor, lengths_B: Tensor) -> Tensor:
-    """log pi(response | prompt) of each right-padded row, the sum over its tokens from `starts_B` on: logp_R, nats."""
+def response_logprobs(
+    model: Any, tokens_BT: Tensor, starts_B: Tensor, lengths_B: Tensor, group_B: Tensor | None = None
+) -> Tensor:
+    """log pi(response | prompt) of each right-padded row, the sum over its tokens from `starts_B` on: logp_R, nats.
+
+    group_B: which rows answer one prompt, which is then computed once.
+    """
     device = model.output_weight.device
     positions_T = torch.arange(tokens_BT.shape[1], device=device)
     starts_B, lengths_B = starts_B.to(device), lengths_B.to(device)
     mask_BT = (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
     tokens_BT = tokens_BT.to(device)
-    return chosen_logprobs(model(tokens_BT), model.logits, tokens_BT, mask_BT)[0].sum(1)
+    branches = None if group_B is None else Branches.of(tokens_BT, lengths_B, group_B.to(device))
+    hidden_ND = read(model, tokens_BT, predicting(mask_BT), branches)
+    return chosen_logprobs(hidden_ND, model.output_weight, tokens_BT, mask_BT)[0].sum(1)
 
 
 # ---------------------------------------------------------------- scores: (logp_R, reference_R, length_R) -> score_R

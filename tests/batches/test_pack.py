@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lyceum.batches.pack import bucket, collate, fit
+from lyceum.batches.pack import bucket, bucket_alike, collate, fit
 from lyceum.corpus.records import Conversation, Message
 from lyceum.errors import ConfigError, DataError
 from lyceum.tokens.chat import ChatFormat, Rendered
@@ -140,3 +140,22 @@ def test_halves_hold_the_rows_as_they_are_with_only_the_padding_they_need() -> N
     assert first.tokens_BT.tolist() == [[5, 6, 7, 8]] and first.weights_BT.tolist() == [[0.0, 1.0, 1.0, 0.5]]
     assert second.tokens_BT.tolist() == [[5, 9], [5, 0]] and second.lengths_B.tolist() == [2, 1]
     assert [half.tokens_BT.tolist() for half in first.halves()] == [first.tokens_BT.tolist()]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), max_size=40),
+    st.integers(30, 120),
+    st.integers(0, 3),
+)
+def test_rows_of_a_group_stand_together_as_far_as_there_is_room(
+    rows: list[tuple[int, int]], max_tokens: int, seed: int
+) -> None:
+    lengths, owners = [length for length, _ in rows], [owner for _, owner in rows]
+    found = bucket_alike(lengths, owners, max_tokens, seed)
+    assert sorted(row for group in found for row in group) == list(range(len(rows)))
+    assert all(len(group) * max(lengths[row] for row in group) <= max_tokens for group in found)
+    for owner in set(owners):
+        own = [row for row, other in enumerate(owners) if other == owner]
+        if len(own) * max(lengths[row] for row in own) <= max_tokens:  # it has room in one group
+            assert sum(bool(set(own) & set(group)) for group in found) == 1
+    assert bucket_alike(lengths, owners, max_tokens, seed) == found

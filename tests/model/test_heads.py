@@ -36,3 +36,9 @@ def test_head_starts_with_the_papers_deviation(tiny_spec, random_decoder):
     heads = [ScoreModel(decoder, torch.Generator().manual_seed(seed)).score.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].std().item() == pytest.approx(1025**-0.5, rel=0.1)
+
+
+def test_scores_at_some_positions_are_those_of_all(tiny_spec, random_decoder):
+    model = ScoreModel.from_decoder(random_decoder(tiny_spec()))
+    tokens = torch.randint(96, (2, 7), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(tokens, at_N=torch.tensor([6, 8])), model(tokens).flatten()[[6, 8]])

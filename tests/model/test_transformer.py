@@ -121,3 +121,29 @@ def test_a_deep_copy_shares_nothing_and_computes_the_same(tiny_spec, random_deco
         for weight in decoder.parameters():
             weight.zero_()
     assert torch.equal(twin(tokens), before)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.usefixtures("both_forms")
+def test_hidden_states_at_some_positions_are_those_of_all_with_their_gradients(
+    tiny_spec, random_decoder, tokens, qk_norm
+):
+    at = torch.tensor([0, 7, 19, 20, 58, 7])  # of 3 x 20, one of them twice
+    grad = torch.randn(6, tiny_spec().width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = []
+    for picks in (True, False):
+        decoder = random_decoder(tiny_spec(qk_norm=qk_norm)).double()
+        hidden = decoder(tokens, at_N=at) if picks else decoder(tokens).flatten(0, 1)[at]
+        hidden.backward(grad)
+        results.append([hidden, *(weight.grad for weight in decoder.parameters())])
+    for some, all_ in zip(*results, strict=True):
+        torch.testing.assert_close(some, all_, rtol=1e-9, atol=1e-12)
+
+
+def test_the_last_layer_leaves_out_what_nobody_asks_for(tiny_spec, random_decoder, tokens):
+    decoder = random_decoder(tiny_spec())
+    rows = []
+    for layer in decoder.model.layers:
+        layer.mlp.register_forward_hook(lambda module, given, out: rows.append(out.numel() // out.shape[-1]))
+    decoder(tokens, at_N=torch.tensor([3, 4]))
+    assert rows == [60] * (len(rows) - 1) + [2]

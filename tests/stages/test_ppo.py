@@ -57,6 +57,7 @@ from lyceum.stages.onpolicy import COUNTED
 from lyceum.stages.reward import RewardModel
 from lyceum.stages.rollouts import Rollout
 from lyceum.tokens.tokenizer import Tokenizer
+from lyceum.train.policy import predicting
 
 # ---------------------------------------------------------------- rollouts
 
@@ -93,7 +94,8 @@ def test_missing_end_replaces_or_subtracts() -> None:
 
 def test_value_of_a_token_is_the_critics_output_before_it() -> None:
     mask = torch.tensor([[False, False, True, True]])
-    assert ppo.shifted_values(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), mask, 0.5).tolist() == [[0, 0, 1.5, 2.5]]
+    score = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).flatten()[predicting(mask)]
+    assert ppo.shifted_values(score, mask, 0.5).tolist() == [[0, 0, 1.5, 2.5]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])

@@ -184,10 +184,11 @@ def test_another_cut_into_micro_batches_gives_the_same_training(algorithm: str, 
 def test_every_response_is_read_once_and_halves_hold_the_same() -> None:
     stage = begun(replace(SMALL, batch_prompts=4), judged_prompts(4, 4))
     seen: list[int] = []
-    stage.model.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    stage.model.register_forward_hook(lambda module, args, out: seen.append(len(out)))  # tokens of responses
     (step, *_) = list(stage.steps(1))
     whole = [stage.loss(batch)[0]["preference"].total.item() for batch in step.micro_batches]
-    assert sum(seen) == 16  # not 2 * 6 pairs * 4 prompts
+    responses = [response for batch in step.micro_batches for one in batch.judged for response in one.responses]
+    assert len(responses) == 16 and sum(seen) == sum(map(len, responses))  # not 2 * 6 pairs * 4 prompts
     halves = [stage.loss(half)[0]["preference"].total.item() for b in step.micro_batches for half in b.halves()]
     assert sum(halves) == pytest.approx(sum(whole), rel=1e-5)
 

@@ -131,7 +131,7 @@ def test_loss_is_the_k_wise_loss_with_one_forward_per_response(monkeypatch: pyte
     stage = InMemory(reward.RewardConfig(batch_prompts=3), rankings, [])
     stage.start(work_in(Path("unused")))
     seen: list[int] = []
-    stage.model.decoder.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    stage.model.decoder.register_forward_hook(lambda module, args, out: seen.append(len(out)))  # ends of responses
     (step,) = list(stage.steps(0))
     total = sum(float(stage.loss(batch)[0]["ranking"].total.detach()) for batch in step.micro_batches)
     prompts = sum(stage.counts(batch)["ranking"] for batch in step.micro_batches)

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lyceum.model.spec import ModelSpec
+from lyceum.model.transformer import Decoder
 from lyceum.train import losses
-from lyceum.train.losses import cross_entropy_sum, next_token_loss
+from lyceum.train.losses import cross_entropy_sum, next_token_loss, token_logprobs
 
 
 class Bigram(nn.Module):
@@ -23,9 +25,10 @@ class Bigram(nn.Module):
     def output_weight(self) -> Tensor:
         return self.embed.weight
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, at_N: Tensor | None = None) -> Tensor:
         self.seen.append(tuple(tokens_BT.shape))
-        return self.embed(tokens_BT).cumsum(1)
+        hidden_BTD = self.embed(tokens_BT).cumsum(1)
+        return hidden_BTD if at_N is None else hidden_BTD.flatten(0, 1)[at_N]
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,8 +102,58 @@ def test_next_token_loss_counts_only_weighted_targets_after_the_first_column() -
     assert model.seen[0] == (2, 4)  # the last token predicts nothing and is not run
 
 
+def test_next_token_loss_of_a_decoder_is_the_same_where_it_asks_for_all_hidden_states() -> None:
+    spec = ModelSpec(31, 2, 32, 2, 1, 16, 64, 16)
+    tokens = torch.randint(31, (3, 9), generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0]).expand(3, 9)
+    found = []
+    for picks in (True, False):
+        model = Decoder(spec, torch.Generator().manual_seed(0)).double()
+        whole = model.forward
+        if not picks:
+            model.forward = lambda tokens, at_N, whole=whole: whole(tokens).flatten(0, 1)[at_N]  # type: ignore[method-assign]
+        total, _, _ = next_token_loss(model, tokens, weights)
+        total.backward()
+        found.append([total, *(weight.grad for weight in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_rows_without_weight_give_a_zero_that_can_be_differentiated() -> None:
     model = Bigram()
     total, count, _ = next_token_loss(model, torch.tensor([[1, 2, 3]]), torch.zeros(1, 3))
     total.backward()
     assert total.item() == 0.0 and count == 0.0 and not model.embed.weight.grad.any()
+
+
+# -- log-probabilities with a gradient each ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most_kept", [0, 100])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_and_gradients_equal_torchs_distribution(
+    chunk_rows: int, temperature: float, most_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses._CHUNK_LOGITS, "cpu", 1)
+    monkeypatch.setattr(losses, "_MIN_CHUNK_ROWS", chunk_rows)
+    hidden, head, chosen, weights = problem(torch.float64)
+    logp, entropy = token_logprobs(hidden, head, chosen, temperature, with_entropy=True, most_kept=most_kept)
+    choice = torch.distributions.Categorical(logits=hidden @ head.T / temperature)
+    torch.testing.assert_close(logp, choice.log_prob(chosen), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, choice.entropy().detach(), rtol=1e-12, atol=1e-12)
+    theirs = torch.autograd.grad((choice.log_prob(chosen) * weights).sum(), (hidden, head))
+    for retain in (True, False):  # a step that logs its terms goes back twice
+        ours = torch.autograd.grad((logp * weights).sum(), (hidden, head), retain_graph=retain)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_token_logprobs_of_bf16_have_a_softmax_in_fp32_and_gradients_in_bf16() -> None:
+    hidden, head, chosen, _ = problem(torch.float32)
+    low, low_head = (x.detach().bfloat16().requires_grad_() for x in (hidden, head))
+    logp, _ = token_logprobs(low, low_head, chosen)
+    logp.sum().backward()
+    assert logp.dtype == torch.float32 and low.grad is not None and low.grad.dtype == torch.bfloat16
+    wanted = torch.log_softmax(hidden @ head.T, 1).gather(1, chosen[:, None])[:, 0]
+    assert 0 < (logp - wanted).abs().max() < 0.05

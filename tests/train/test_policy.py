@@ -195,18 +195,16 @@ def test_missing_end_is_replaced_or_subtracted_only_where_the_end_is_missing() -
 # ---------------------------------------------------------------- log-probabilities, entropy, the rest
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_and_gradients_equal_the_whole(chunk: int, temperature: float) -> None:
+def test_chosen_logprobs_stand_where_the_mask_does_with_their_gradients(temperature: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(11, (3, 6))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
-    logp, entropy = policy.chosen_logprobs(
-        hidden, lambda h: h @ head, tokens, mask, temperature=temperature, chunk_tokens=chunk, with_entropy=True
-    )
-    choice = torch.distributions.Categorical(logits=(hidden[:, :-1] @ head) / temperature)
+    picked = hidden.flatten(0, 1)[policy.predicting(mask)]
+    logp, entropy = policy.chosen_logprobs(picked, head, tokens, mask, temperature=temperature, with_entropy=True)
+    choice = torch.distributions.Categorical(logits=(hidden[:, :-1] @ head.T) / temperature)
     expected = torch.nn.functional.pad(choice.log_prob(tokens[:, 1:]), (1, 0)) * mask
     torch.testing.assert_close(logp, expected)
     torch.testing.assert_close(entropy, torch.nn.functional.pad(choice.entropy(), (1, 0)).detach() * mask)
@@ -217,17 +215,11 @@ def test_chunked_logprobs_and_gradients_equal_the_whole(chunk: int, temperature:
         torch.testing.assert_close(one, two)
 
 
-def test_logits_are_computed_only_where_a_token_was_chosen() -> None:
-    rows: list[int] = []
-
-    def to_logits(hidden: torch.Tensor) -> torch.Tensor:
-        rows.append(hidden.shape[0])
-        return hidden
-
+def test_the_state_before_a_chosen_token_predicts_it() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
-    with torch.no_grad():
-        policy.chosen_logprobs(torch.randn(2, 5, 8), to_logits, torch.randint(8, (2, 5)), mask)
-    assert rows == [3]
+    assert policy.predicting(mask).tolist() == [1, 2, 8]
+    with pytest.raises(AssertionError, match="no prefix"):
+        policy.predicting(torch.tensor([[1, 0]]))
 
 
 def test_masked_statistics_survive_infinities_and_empty_masks() -> None:

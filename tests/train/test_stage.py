@@ -47,8 +47,9 @@ class Net(nn.Module):
     def output_weight(self) -> Tensor:
         return self.embed.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, at_N: Tensor | None = None) -> Tensor:
         x = self.embed(tokens).cumsum(1) / 3
+        x = x if at_N is None else x.flatten(0, 1)[at_N]
         for layer in self.layers:
             x = x + self.dropout(torch.tanh(layer(x)))
         return x if self.score is None else self.score(x).squeeze(-1)
