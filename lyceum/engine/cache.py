@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyceum import device as machine
 from lyceum.model.attention import Reach
 
 FIRST_TOKENS = 32  # time that new memory has room for
 CALL_CELLS = 1 << 15  # numbers that attention reads in the time of one call more: 18 us at 1.5 a ns, on one CPU thread
+MEMORY_SHARE = 0.25  # of the machine's memory, for keys and values, where nothing else is asked for
 MIN_REUSE = 8  # tokens: what is worth copying from an earlier sequence
 
 
@@ -52,6 +54,7 @@ class Cache:
         self.shelf = Shelf(num_kept)
         self._reserved = (0, 0)
         self._layers: dict[int, Tensor] = {}  # layer -> (2, rows, K, time, E); a layer decides its own heads and width
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def window(self, starts: Many[int], chunks: Many[Stretch] = (), *, first: int = 0) -> Window:
         """What one forward pass sees: slots first, first + 1, ... with a token each behind their `starts`; then chunks."""
@@ -63,18 +66,19 @@ class Cache:
         self._make_room(num_rows, num_tokens)
 
     def _make_room(self, num_rows: int, num_tokens: int) -> None:
-        # It grows by doubling, so that a long chat or a large batch is copied a few times only; under a bound it is no
-        # larger than needed, gives up what is no longer, and the shelf gives way.
+        # It grows by doubling, so that a long chat or a large batch is copied a few times only; rows or time that nobody
+        # needs any longer are given up then, and under a bound it is no larger than needed and the shelf gives way.
         has_grown = False
         for layer, old in self._layers.items():
             rows, tokens = old.shape[1], old.shape[3]
             if rows >= num_rows and tokens >= num_tokens:
                 continue
             needed_rows, needed_tokens = max(num_rows, self._reserved[0]), max(num_tokens, self._reserved[1])
-            while rows < num_rows:
-                rows = min(2 * rows, self.num_rows)
-            while tokens < num_tokens:
-                tokens *= 2
+            rows, tokens = min(_doubled(rows, num_rows), self.num_rows), _doubled(tokens, num_tokens)
+            if (
+                rows * tokens > 4 * needed_rows * needed_tokens
+            ):  # many short rows before, now a long one, or the reverse
+                rows, tokens = min(_doubled(1, needed_rows), self.num_rows), _doubled(FIRST_TOKENS, needed_tokens)
             if self.max_tokens and rows * tokens > self.max_tokens:
                 rows = needed_rows
                 tokens = max(needed_tokens, min(tokens, self.max_tokens // rows))
@@ -82,6 +86,7 @@ class Cache:
             kept_rows, kept_tokens = min(rows, old.shape[1]), min(tokens, old.shape[3])
             new[:, :kept_rows, :, :kept_tokens] = old[:, :kept_rows, :, :kept_tokens]
             self._layers[layer] = new
+            self._views.clear()
             has_grown = True
         if self.max_tokens and has_grown:
             self.shelf.shrink(max(0, self.max_tokens - self.slot_tokens))
@@ -124,6 +129,17 @@ class Cache:
             self._make_room(num_rows, num_tokens)
         return self._layers[layer]
 
+    def views(self, layer: int, first: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots first, first + 1, ... of a layer that has memory: keys and values (rows, K, time, E), and to write to.
+
+        The last is (rows, time, 2, K, E), of one slot without the first dimension. Made once: a view costs as much as a sum.
+        """
+        if (layer, first, num_rows) not in self._views:
+            slots = self._layers[layer][:, first : first + num_rows]
+            written = slots.permute(1, 3, 0, 2, 4)
+            self._views[layer, first, num_rows] = slots[0], slots[1], written[0] if num_rows == 1 else written
+        return self._views[layer, first, num_rows]
+
     @property
     def slot_tokens(self) -> int:
         """Tokens that the slots have room for."""
@@ -139,6 +155,27 @@ class Cache:
         self.shelf.check()
         total = self.slot_tokens + self.shelf.num_tokens
         assert not self.max_tokens or total <= self.max_tokens, f"{total} tokens of memory, {self.max_tokens} allowed"
+
+
+def _doubled(size: int, least: int) -> int:
+    while size < least:
+        size *= 2
+    return size
+
+
+def most_tokens(spec: Any, weight: Tensor, max_bytes: int | None) -> int:
+    """How many tokens of keys and values have room: never fewer than one whole context; 0: no bound.
+
+    max_bytes: by default MEMORY_SHARE of the memory that there is.
+    """
+    if not hasattr(spec, "num_kv_heads"):
+        return 0
+    num_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_width * weight.element_size()
+    has = machine.memory_bytes()
+    if weight.device.type == "cuda":
+        has = torch.cuda.get_device_properties(weight.device).total_memory
+    limit = max_bytes if max_bytes is not None else int(MEMORY_SHARE * has)
+    return max(limit // num_bytes, spec.context_length) if limit else 0
 
 
 class Window:
@@ -161,7 +198,7 @@ class Window:
         ranges = [torch.arange(chunk.start, chunk.start + chunk.num_new, device=device) for chunk in chunks]
         self._starts_B = torch.tensor(starts, dtype=torch.long, device=device)
         self._positions_N = torch.cat((self._starts_B, *ranges)) if ranges else self._starts_B
-        self._rows_B = torch.arange(first, first + len(starts), device=device) if len(starts) > 1 else None
+        self._rows_B = torch.arange(len(starts), device=device) if len(starts) > 1 else None
         self._masks: dict[int, Tensor | None] = {}
 
     def positions(self, num_new: int) -> Tensor:
@@ -173,28 +210,31 @@ class Window:
         """Store a layer's new keys and values; all that the new tokens may look at, padding masked."""
         memory = self._cache.memory(layer, kv_N2KE, self._num_rows, self._num_tokens)
         end = len(self._starts)
-        if end == 1:
-            memory[:, self._rows.start, :, self._starts[0]] = kv_N2KE[0]
-        elif end:
-            memory.permute(1, 3, 0, 2, 4)[self._rows_B, self._starts_B] = kv_N2KE[:end]
+        slots = self._cache.views(layer, self._rows.start, end) if end else None
+        if slots is not None:
+            new = kv_N2KE[:end] if self._chunks else kv_N2KE
+            if self._rows_B is None:
+                slots[2].index_copy_(0, self._starts_B, new)
+            else:
+                slots[2][self._rows_B, self._starts_B] = new
         for chunk in self._chunks:
             new, end = kv_N2KE[end : end + chunk.num_new], end + chunk.num_new
             memory[:, chunk.row, :, chunk.start : chunk.start + chunk.num_new] = new.permute(1, 2, 0, 3)
-        return self._reaches(memory)
+        return self._reaches(memory, slots)
 
-    def _reaches(self, memory: Tensor) -> Iterator[Reach]:
-        if self._starts:
+    def _reaches(self, memory: Tensor, slots: tuple[Tensor, Tensor, Tensor] | None) -> Iterator[Reach]:
+        if slots is not None:
+            k_BKTE, v_BKTE, _ = slots
             longest = max(self._starts) + 1
             padding = len(self._starts) * longest - sum(self._starts) - len(self._starts)
             cells = 2 * memory.shape[2] * memory.shape[4]
             if padding * cells <= (len(self._starts) - 1) * CALL_CELLS:
-                seen = memory[:, self._rows, :, :longest]
+                k, v = k_BKTE.narrow(2, 0, longest), v_BKTE.narrow(2, 0, longest)
                 mask = self._once(-1, lambda: _length_mask(self._starts_B, longest, memory) if padding else None)
-                yield Reach(len(self._starts), 1, seen[0], seen[1], mask)
+                yield Reach(len(self._starts), 1, k, v, mask)
             else:
-                for row, start in enumerate(self._starts, self._rows.start):
-                    k, v = memory[:, row : row + 1, :, : start + 1].unbind(0)
-                    yield Reach(1, 1, k, v)
+                for row, start in enumerate(self._starts):
+                    yield Reach(1, 1, k_BKTE[row : row + 1, :, : start + 1], v_BKTE[row : row + 1, :, : start + 1])
         for number, chunk in enumerate(self._chunks):
             k, v = memory[:, chunk.row : chunk.row + 1, :, : chunk.start + chunk.num_new].unbind(0)
             if chunk.start == 0:

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from lyceum.engine.adjust import Adjustment, adjusted
 from lyceum.engine.sampling import SamplingParams, alternatives, sample, signed64, uniform
+
+if TYPE_CHECKING:
+    from lyceum.engine.lookup import Lookup
 
 Finish = Literal["stop", "length", "context", "abort"]
 Top = list[tuple[int, float]]  # the most probable tokens with their log-probabilities, best first
@@ -107,8 +110,9 @@ class Sequence:
     """A request: waiting, then running in one row.
 
     tokens: the prompt, then the reply. limit: most reply tokens, by max_tokens and by the context. adjustment: what the
-    request adds to the logits. key: who asks. row: its slot, -1 while it has none. num_cached: how many of its tokens the
-    slot holds. leader: a running sequence whose slot will hold the first num_shared of them too, and which is waited for.
+    request adds to the logits. key: who asks. lookup: its guesses, where it may have some. row: its slot, -1 while it has
+    none. num_cached: how many of its tokens the slot holds. leader: a running sequence whose slot will hold the first
+    num_shared of them too, and which is waited for.
     """
 
     id: int
@@ -120,6 +124,7 @@ class Sequence:
     key: str = ""
     is_background: bool = False
     processor: Processor | None = None
+    lookup: Lookup | None = None
     row: int = -1
     num_cached: int = 0
     num_reused: int = 0
@@ -135,6 +140,7 @@ class Sequence:
         # nothing but the most probable token is asked for
         is_plain = not (self.processor or p.is_adjusted or p.forced or p.logprobs or p.top_logprobs)
         self.is_argmax = p.temperature == 0 and is_plain
+        self.is_predictable = not (self.processor or p.is_adjusted or p.forced)  # what is drawn depends on logits alone
         self.stop_ids = frozenset(p.stop_ids)
 
     @property
@@ -197,8 +203,10 @@ class Sequence:
 class Draw:
     """One draw for each of these sequences, again and again; their settings stand ready as tensors."""
 
-    def __init__(self, sequences: Many[Sequence], device: torch.device):
+    def __init__(self, sequences: Many[Sequence], device: torch.device, ahead: Many[int] | None = None):
+        """ahead: so many tokens behind the next one each is drawn for (default: none)."""
         self.sequences = list(sequences)
+        self._ahead = ahead or [0] * len(self.sequences)
         self._device = device
         params = [sequence.params for sequence in sequences]
         self._is_argmax = all(sequence.is_argmax for sequence in sequences)
@@ -227,7 +235,7 @@ class Draw:
             logits_BV[i] = processor(logits_BV[i], self.sequences[i].reply)
         noise_B = planned_B = None
         if self._seed_B is not None:
-            positions = [len(sequence.tokens) for sequence in self.sequences]
+            positions = [len(it.tokens) + ahead for it, ahead in zip(self.sequences, self._ahead, strict=True)]
             noise_B = uniform(self._seed_B, torch.tensor(positions, device=self._device))
         if self._has_forced:
             planned_B = torch.tensor([self._planned(sequence) for sequence in self.sequences], device=self._device)

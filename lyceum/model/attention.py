@@ -62,9 +62,9 @@ def attend(q_NHE: Tensor, reaches: Iterable[Reach]) -> Tensor:
     start, mixed = 0, []
     for reach in reaches:
         end = start + reach.num_rows * reach.num_new
-        q, start = q_NHE[start:end], end
+        q, start = q_NHE if end - start == len(q_NHE) else q_NHE[start:end], end
         if reach.num_new == 1:
-            q_BKGE = q.unflatten(1, (reach.k_BKSE.shape[1], -1))
+            q_BKGE = q.view(len(q), reach.k_BKSE.shape[1], -1, q.shape[-1])
             mixed.append(F.scaled_dot_product_attention(q_BKGE, reach.k_BKSE, reach.v_BKSE, reach.mask).flatten(1))
             continue
         q_BHTE = q.unflatten(0, (reach.num_rows, reach.num_new)).transpose(1, 2)

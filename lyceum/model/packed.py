@@ -3,7 +3,8 @@
 Why: to train, every matrix stands alone (Muon treats each by itself). To decode a few tokens is bound by reading the
 weights and by the number of operators, so here q, k and v are one matrix, gate and up are another, the gains of RMSNorm
 are multiplied into them, and rotary pairs stand side by side, which makes turning all heads one product of complex
-numbers. `bench/engine.py` measures what it brings.
+numbers. What a layer writes, and the views of it, are made once and used by all layers (`Space`). `bench/engine.py`
+measures what it brings.
 
     packed = PackedDecoder(model)                 # where `can_pack(model)`
     hidden_BTD = packed(tokens_1N, cache=cache)   # as model(tokens_1N, cache=cache), to the last bits
@@ -16,7 +17,7 @@ What it is not: it cannot be trained, and scores and hidden vectors of whole row
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ from torch import Tensor, nn
 
 from lyceum.model.attention import KeyValueCache, attend
 from lyceum.model.layers import paired, rotary_table
+from lyceum.model.product import Product
+from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
+
+KEPT_TOKENS = 64  # of a pass whose space is kept for the next of as many tokens
+
+Weights = dict[str, tuple[Any, Tensor | None]]  # name in Layer -> the matrix and its bias
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -38,36 +45,44 @@ def can_pack(model: nn.Module) -> bool:
 
 @dataclass
 class Layer:
-    """One layer's weights; the gains before qkv and up are in those matrices, unless the norm is not RMSNorm."""
+    """One layer's matrices; the gains before qkv and up are in those, unless the norm is not RMSNorm."""
 
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Product
     head_gains: Tensor | None  # (H + K, E): of q_norm and k_norm
-    out: Tensor
-    out_bias: Tensor | None
-    up: Tensor  # gate and up, or up alone
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    out: Product
+    up: Product  # gate and up, or up alone
+    down: Product
 
 
 class PackedDecoder:
-    """What the engine runs in place of `model`; raises nothing of its own."""
+    """What the engine runs in place of `model`.
 
-    def __init__(self, model: Decoder) -> None:
+    half: few tokens see the weights of large matrices rounded to fp16. Raises UsageError where that is not possible.
+    """
+
+    def __init__(self, model: Decoder, *, half: bool = False) -> None:
+        self.half = half
         self._layers: list[Layer] = []
+        self._output: Product | None = None
         self.update(model)
 
     @torch.no_grad()
     def update(self, model: Decoder) -> None:
         """Copy the model's weights, into the memory of the old ones where the shapes are the same."""
         self.model, self.spec = model, model.spec
-        spec, embedding = model.spec, model.model.embed_tokens.weight
-        self._eps = torch.tensor(spec.norm_eps, dtype=embedding.dtype, device=embedding.device)
+        spec, norm = model.spec, model.model.norm
+        # RMSNorm(x) = x / sqrt(|x|^2 + eps D) * sqrt(D) * gain: the last two are multiplied into what follows
+        like = model.model.embed_tokens.weight
+        self._eps, self._head_eps = (
+            like.new_tensor(spec.norm_eps * num).sqrt() for num in (spec.width, spec.head_width)
+        )
+        self._final_gain = None if isinstance(norm, nn.LayerNorm) else norm.weight * spec.width**0.5
+        self._spaces: dict[int, Space] = {}
         old, self._layers = self._layers, []
         for number, block in enumerate(model.model.layers):
-            layer = _packed(block, spec.positions == "rotary", spec.head_width)
-            self._layers.append(_into(old[number], layer) if number < len(old) else layer)
+            weights = _packed(block, spec.positions == "rotary", spec.head_width)
+            self._layers.append(self._refreshed(old[number] if number < len(old) else None, weights))
+        self._output = self._renewed(self._output, model.output_weight, None)
 
     def __call__(self, tokens_BT: Tensor, *, cache: KeyValueCache) -> Tensor:
         """Return the hidden states (1, N, D) after the final norm of one row of new tokens."""
@@ -76,57 +91,98 @@ class PackedDecoder:
         tokens_N, positions_N = tokens_BT[0], cache.positions(tokens_BT.shape[1])[0]
         x_ND, table = F.embedding(tokens_N, trunk.embed_tokens.weight), None
         if spec.positions == "learned":
-            x_ND = x_ND + F.embedding(positions_N, trunk.embed_positions.weight)
+            x_ND += F.embedding(positions_N, trunk.embed_positions.weight)
         else:
             dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
             shape = (spec.context_length, spec.head_width, spec.rope_theta)
             table = rotary_table(*shape, dtype, x_ND.device, spec.rope_scaling)[positions_N].unsqueeze(1)
+        space = self._space(x_ND)
         for number, (block, layer) in enumerate(zip(trunk.layers, self._layers, strict=True)):
-            x_ND = x_ND + self._attention(self._norm(x_ND, block.input_layernorm), layer, table, number, cache)
-            x_ND = x_ND + self._ffn(self._norm(x_ND, block.post_attention_layernorm), layer)
+            layer.qkv.into(space.qkv, self._norm(x_ND, block.input_layernorm))
+            if layer.head_gains is not None:
+                space.qk.div_(_length(space.qk, self._head_eps)).mul_(layer.head_gains)
+            if table is not None:
+                space.turn(table)
+            layer.out.onto(x_ND, attend(space.q_NHE, cache.append(number, space.kv_N2KE)))
+            layer.up.into(space.up, self._norm(x_ND, block.post_attention_layernorm))
+            layer.down.onto(x_ND, space.activated())
         hidden_ND = self._norm(x_ND, trunk.norm)
-        if not isinstance(trunk.norm, nn.LayerNorm):
-            hidden_ND *= trunk.norm.weight
+        if self._final_gain is not None:
+            hidden_ND *= self._final_gain
         return hidden_ND.unsqueeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (..., V) of every next token for hidden states (..., D)."""
-        return self.model.logits(hidden)
+        assert self._output is not None
+        hidden_ND = hidden.flatten(0, -2)
+        logits_NV = hidden_ND.new_empty(len(hidden_ND), len(self._output.weight))
+        self._output.into(logits_NV, hidden_ND)
+        return logits_NV.view(*hidden.shape[:-1], -1)
 
-    def _attention(self, x_ND: Tensor, layer: Layer, table: Tensor | None, number: int, cache: KeyValueCache) -> Tensor:
-        spec = self.spec
-        num_turned = spec.num_heads + spec.num_kv_heads
-        qkv = F.linear(x_ND, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, spec.head_width))
-        qk = qkv[:, :num_turned]
-        if layer.head_gains is not None:
-            qk.mul_(self._rstd(qk)).mul_(layer.head_gains)
-        if table is not None:
-            pairs = qk if qk.dtype == table.dtype.to_real() else qk.to(table.dtype.to_real())
-            torch.view_as_complex(pairs.unflatten(-1, (-1, 2))).mul_(table)
-            if pairs is not qk:
-                qk.copy_(pairs)
-        kv_N2KE = qkv[:, spec.num_heads :].unflatten(1, (2, -1))
-        return F.linear(attend(qkv[:, : spec.num_heads], cache.append(number, kv_N2KE)), layer.out, layer.out_bias)
+    def _refreshed(self, old: Layer | None, weights: Weights) -> Layer:
+        """A layer of these weights; those that are copies are written into the old ones' memory, if they fit."""
 
-    def _ffn(self, x_ND: Tensor, layer: Layer) -> Tensor:
-        up = F.linear(x_ND, layer.up, layer.up_bias)
-        if self.spec.ffn == "swiglu":
-            gate, up = up.chunk(2, dim=-1)
-            up = F.silu(gate).mul_(up)
-        else:
-            up = F.gelu(up, approximate="tanh")
-        return F.linear(up, layer.down, layer.down_bias)
+        def product(name: str) -> Product:
+            return self._renewed(getattr(old, name, None), *weights[name], is_copy=name in ("qkv", "up"))
+
+        return Layer(product("qkv"), weights["head_gains"][0], product("out"), product("up"), product("down"))
+
+    def _renewed(self, old: Product | None, weight: Tensor, bias: Tensor | None, *, is_copy: bool = False) -> Product:
+        if old is None:
+            return Product(weight, bias, half=self.half)
+        before = old.weight
+        if is_copy and (before.shape, before.dtype, before.device) == (weight.shape, weight.dtype, weight.device):
+            weight = before.copy_(weight)
+        old.update(weight, bias)
+        return old
 
     def _norm(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return norm(x) if isinstance(norm, nn.LayerNorm) else x * self._rstd(x)
+        return norm(x) if isinstance(norm, nn.LayerNorm) else x / _length(x, self._eps)
 
-    def _rstd(self, x: Tensor) -> Tensor:
-        # half the time of F.rms_norm, which is several operators on a CPU
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    def _space(self, like_ND: Tensor) -> Space:
+        num = len(like_ND)
+        if num > KEPT_TOKENS:
+            return Space(self.spec, num, like_ND)
+        if num not in self._spaces:
+            self._spaces[num] = Space(self.spec, num, like_ND)
+        return self._spaces[num]
 
 
-def _packed(block: Any, is_rotary: bool, head_width: int) -> Layer:
+class Space:
+    """What the layers write to, one after the other, and the views of it that operators take: made once, not in each layer."""
+
+    def __init__(self, spec: ModelSpec, num_tokens: int, like: Tensor) -> None:
+        num_turned, self._is_gated = spec.num_heads + spec.num_kv_heads, spec.ffn == "swiglu"
+        with torch.inference_mode(False):  # or it could not be written to outside of it
+            self.qkv = like.new_empty(num_tokens, (num_turned + spec.num_kv_heads) * spec.head_width)
+            self.up = like.new_empty(num_tokens, (1 + self._is_gated) * spec.ffn_width)
+        heads = self.qkv.view(num_tokens, -1, spec.head_width)
+        self.q_NHE, self.qk = heads[:, : spec.num_heads], heads[:, :num_turned]
+        self.kv_N2KE = heads[:, spec.num_heads :].unflatten(1, (2, -1))
+        self._pairs = None
+        if like.dtype in (torch.float32, torch.float64):
+            self._pairs = torch.view_as_complex(self.qk.unflatten(-1, (-1, 2)))
+        self._gate, self._up = self.up.chunk(2, dim=-1) if self._is_gated else (self.up, self.up)
+
+    def turn(self, table: Tensor) -> None:
+        """Turn queries and keys by the angles of their positions."""
+        if self._pairs is not None:
+            self._pairs.mul_(table)
+        else:
+            pairs = torch.view_as_complex(self.qk.to(table.dtype.to_real()).unflatten(-1, (-1, 2)))
+            self.qk.copy_(torch.view_as_real(pairs.mul_(table)).flatten(-2))
+
+    def activated(self) -> Tensor:
+        """What the feed-forward multiplies with its last matrix, (N, F)."""
+        return F.silu(self._gate).mul_(self._up) if self._is_gated else F.gelu(self._up, approximate="tanh")
+
+
+def _length(x: Tensor, eps: Tensor) -> Tensor:
+    """sqrt(|x|^2 + eps^2) over the last dimension: two operators, where F.rms_norm is several on a CPU."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(eps)
+
+
+def _packed(block: Any, is_rotary: bool, head_width: int) -> Weights:
     attention, ffn = block.self_attn, block.mlp
     linears: tuple[nn.Linear, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
 
@@ -134,7 +190,7 @@ def _packed(block: Any, is_rotary: bool, head_width: int) -> Layer:
         return paired(weight, head_width) if is_rotary else weight
 
     def gained(weight: Tensor, norm: Any) -> Tensor:
-        return weight if isinstance(norm, nn.LayerNorm) else weight * norm.weight
+        return weight if isinstance(norm, nn.LayerNorm) else weight * (norm.weight * weight.shape[1] ** 0.5)
 
     def joined(parts: list[tuple[nn.Linear, bool]]) -> Tensor | None:
         if all(linear.bias is None for linear, _ in parts):
@@ -147,28 +203,16 @@ def _packed(block: Any, is_rotary: bool, head_width: int) -> Layer:
     if not isinstance(attention.q_norm, nn.Identity):
         q, k = turned(attention.q_norm.weight), turned(attention.k_norm.weight)
         num_heads, num_kv_heads = (linear.out_features // head_width for linear in linears[:2])
-        gains = torch.cat((q.expand(num_heads, -1), k.expand(num_kv_heads, -1)))
+        gains = torch.cat((q.expand(num_heads, -1), k.expand(num_kv_heads, -1))) * head_width**0.5
     qkv = torch.cat([turned(linears[0].weight), turned(linears[1].weight), linears[2].weight])
     ups = (ffn.gate_proj, ffn.up_proj) if hasattr(ffn, "gate_proj") else (ffn.up_proj,)
-    return Layer(
-        qkv=gained(qkv, block.input_layernorm),
-        qkv_bias=joined(list(zip(linears, (True, True, False), strict=True))),
-        head_gains=gains,
-        out=attention.o_proj.weight,
-        out_bias=attention.o_proj.bias,
-        up=gained(torch.cat([linear.weight for linear in ups]), block.post_attention_layernorm),
-        up_bias=joined([(linear, False) for linear in ups]),
-        down=ffn.down_proj.weight,
-        down_bias=ffn.down_proj.bias,
-    )
-
-
-def _into(old: Layer, new: Layer) -> Layer:
-    """`new` in the memory of `old`, where it is a copy and fits."""
-    for field in fields(Layer):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        is_copy = field.name in ("qkv", "qkv_bias", "head_gains", "up", "up_bias")
-        if is_copy and before is not None and after is not None and before.shape == after.shape:
-            if (before.dtype, before.device) == (after.dtype, after.device):
-                setattr(new, field.name, before.copy_(after))
-    return new
+    return {
+        "qkv": (gained(qkv, block.input_layernorm), joined(list(zip(linears, (True, True, False), strict=True)))),
+        "head_gains": (gains, None),
+        "out": (attention.o_proj.weight, attention.o_proj.bias),
+        "up": (
+            gained(torch.cat([linear.weight for linear in ups]), block.post_attention_layernorm),
+            joined([(linear, False) for linear in ups]),
+        ),
+        "down": (ffn.down_proj.weight, ffn.down_proj.bias),
+    }

@@ -363,7 +363,7 @@ def test_weights_changed_in_place_count_from_update_weights_on(decoder: Decoder)
     before = engine.generate(PROMPTS, greedy)
     packed = engine._packed
     assert packed is not None
-    memory = packed._layers[0].qkv.data_ptr()
+    memory = packed._layers[0].qkv.weight.data_ptr()
     with torch.no_grad():
         for weight in trained.parameters():
             weight.mul_(-0.8)
@@ -371,7 +371,7 @@ def test_weights_changed_in_place_count_from_update_weights_on(decoder: Decoder)
     after = [output.ids for output in engine.generate(PROMPTS, greedy)]
     assert after == [naive_greedy(trained, prompt, 10) for prompt in PROMPTS]
     assert after != [output.ids for output in before]
-    assert packed is engine._packed and packed._layers[0].qkv.data_ptr() == memory  # refreshed in place
+    assert packed is engine._packed and packed._layers[0].qkv.weight.data_ptr() == memory  # refreshed in place
 
 
 def test_the_model_can_be_trained_after_it_has_generated(decoder: Decoder) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from lyceum.engine.cache import Cache, Stretch
+from lyceum.model import product as product_module
 from lyceum.model.heads import ScoreModel
 from lyceum.model.lora import adapt
 from lyceum.model.packed import PackedDecoder, can_pack
+from lyceum.model.product import can_halve
 from lyceum.model.transformer import Decoder
 
 LLAMA = {"qk_norm": False}
@@ -65,13 +67,32 @@ def test_an_update_uses_the_new_weights_in_the_old_memory(tiny_spec, random_deco
         for weight in other.parameters():
             weight.mul_(1.3)
     packed = PackedDecoder(decoder)
-    before = [layer.up.data_ptr() for layer in packed._layers]
+    before = [layer.up.weight.data_ptr() for layer in packed._layers]
     packed.update(other)
-    assert [layer.up.data_ptr() for layer in packed._layers] == before
+    assert [layer.up.weight.data_ptr() for layer in packed._layers] == before
     tokens_T = torch.arange(9)
     with torch.inference_mode():
         whole = other(tokens_T.unsqueeze(0))[0]
         torch.testing.assert_close(by_pieces(packed, tokens_T, [9]), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not can_halve(torch.ones(1, 1)), reason="torch was built without FBGEMM")
+def test_weights_in_16_bits_are_the_rounded_weights(tiny_spec, random_decoder, monkeypatch):
+    monkeypatch.setattr(product_module, "MIN_HALVED", 0)
+    decoder = random_decoder(tiny_spec(num_kv_heads=2))
+    halved, rounded = PackedDecoder(decoder, half=True), PackedDecoder(decoder)
+    for layer in rounded._layers:
+        for product in (layer.qkv, layer.out, layer.up, layer.down):
+            product.update(product.weight.detach().half().float(), None)
+    rounded._output.update(decoder.output_weight.detach().half().float(), None)
+    tokens_T = torch.randint(96, (12,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        hidden, wanted = (by_pieces(run, tokens_T, [1] * 12) for run in (halved, rounded))
+        torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(halved.logits(hidden), rounded.logits(wanted), rtol=1e-4, atol=1e-5)
+        exact = PackedDecoder(decoder)
+        away = (halved.logits(hidden) - exact.logits(by_pieces(exact, tokens_T, [1] * 12))).abs().max()
+        assert 0 < away < 5e-3
 
 
 def test_what_cannot_be_read_off_is_not_packed(tiny_spec, random_decoder):
