@@ -6,13 +6,16 @@
 One run makes a model of random weights of each size, as a Hugging Face folder and, for llama.cpp, as GGUF files, and asks
 every engine for the same greedy replies to the same random prompts: each in a process of its own that waits while the
 others take their turn. `--llama` names a Python that has llama-cpp-python; without it llama.cpp is skipped with a line.
-`--unpacked` adds our engine on the model's own weights, `--batching` transformers' continuous batching.
+`lyceum, half` is our engine with the weights of large matrices in 16 bits; `--unpacked` adds it on the model's own weights,
+`--batching` transformers' continuous batching. llama.cpp waits for its threads as it would by itself, not as our
+`lyceum/device.py` sets the environment.
 
     prefill         512 tokens to the first token of a reply
     1, 4, 8, 32     streams: 64 tokens of prompt each, 128 new ones; tokens of all streams a second after the first one
     second turn     time to its first token, 512 tokens and a reply having gone before: as a share of the time when cold
     neighbour       how much slower a single stream is beside a process that never rests
     memory          the most that the process held
+    of bound        the single stream as a share of the bound below; of weights in 16 bits, of twice that
 
 The bound: one stream reads every weight once a token, so it cannot pass bandwidth / bytes of weights; the bandwidth is that
 of products of a matrix of this many bytes with a vector, measured here. (For many streams it is the bound times streams,
@@ -39,6 +42,7 @@ SHAPES = {3: (4, 192, 6, 4096), 30: (8, 512, 8, 8192), 124: (12, 768, 12, 32768)
 STREAMS = (1, 4, 8, 32)
 PROMPT, NEW, LONG, TURN, REPLY = 64, 128, 512, 16, 32  # tokens
 CONTEXT = 1024
+BYTES = {"half": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a weight, where it is not 4; q8_0 has a scale for 32
 
 
 class Runner(Protocol):
@@ -99,7 +103,7 @@ class Plan:
 def measure(size: int, folder: Path, options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """All engines on one model; prints a table and returns its figures."""
     spec = make_model(size, folder, options.types if options.llama else [])
-    who = {"lyceum": (sys.executable, folder), "transformers": (sys.executable, folder)}
+    who = dict.fromkeys(("lyceum", "lyceum, half", "transformers"), (sys.executable, folder))
     if options.unpacked:
         who["lyceum, unpacked"] = (sys.executable, folder)
     if options.batching:
@@ -172,8 +176,13 @@ class Worker:
 
     def __init__(self, name: str, python: str, path: Path):
         command = [python, __file__, "--worker", name, str(path)]
+        environment = dict(os.environ)
+        if name.startswith("llama"):  # which spins while it waits, unless told otherwise
+            from lyceum import device
+
+            environment = {key: value for key, value in environment.items() if key not in device.WAITING}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
         self.name = name
         self.facts = self._answer()
         self.error = "" if self.facts is not None else self._process.stderr.read()[-300:]
@@ -212,20 +221,21 @@ def show(found: dict[str, Any], bound: dict[str, float], plan: Plan) -> None:
     """The table for people."""
     columns = [f"{count} stream{'s' * (count > 1)}" for count in plan.streams]
     print(f"{'tokens/s':24} {'prefill':>9}" + "".join(f"{column:>11}" for column in columns), end="")
-    print(f"{'second turn':>13} {'of cold':>8} {'neighbour':>10} {'memory':>9}")
+    print(f"{'second turn':>13} {'of cold':>8} {'neighbour':>10} {'memory':>9} {'of bound':>9}")
     for name, row in found.items():
         print(f"{name:24} {row['prefill']:9,.0f}", end="")
         print("".join(f"{row[f'decode_{count}']:11,.0f}" for count in plan.streams), end="")
         print(f"{row['second_turn_s'] * 1e3:11,.0f}ms {row['second_turn_share']:8.0%}", end="")
-        print(f" {row['neighbour_slowdown']:9.1f}x {row['memory_mb']:6,.0f} MB")
+        size = BYTES.get(name.split()[-1], 4.0)
+        share = row["decode_1"] / bound["bandwidth"] * size / 4
+        print(f" {row['neighbour_slowdown']:9.1f}x {row['memory_mb']:6,.0f} MB {share:9.0%}")
     print(f"{'bound, f32':24} {bound['operations']:9,.0f}", end="")
     print("".join(f"{min(count * bound['bandwidth'], bound['operations']):11,.0f}" for count in plan.streams))
-    ours = found.get("lyceum")
     for name, row in found.items():
-        if ours is None or name == "lyceum":
-            continue
-        ratios = [f"{ours[f'decode_{count}'] / row[f'decode_{count}']:.2f}" for count in plan.streams]
-        print(f"lyceum / {name}: prefill {ours['prefill'] / row['prefill']:.2f}, streams {', '.join(ratios)}")
+        for mine in (one for one in ("lyceum", "lyceum, half") if one in found and not name.startswith("lyceum")):
+            ours = found[mine]
+            ratios = [f"{ours[f'decode_{count}'] / row[f'decode_{count}']:.2f}" for count in plan.streams]
+            print(f"{mine} / {name}: prefill {ours['prefill'] / row['prefill']:.2f}, streams {', '.join(ratios)}")
 
 
 def make_model(size: int, folder: Path, types: list[str]) -> Any:
@@ -311,7 +321,9 @@ def lyceum_runner(name: str, path: str) -> Runner:
     from lyceum.model.checkpoint import load_checkpoint
 
     class Ours:
-        engine = Engine(load_checkpoint(path).model, max_batch=max(STREAMS), pack="unpacked" not in name)
+        engine = Engine(
+            load_checkpoint(path).model, max_batch=max(STREAMS), pack="unpacked" not in name, half="half" in name
+        )
 
         def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
             outputs = self.engine.generate(prompts, SamplingParams(max_tokens=num_new, temperature=0.0))

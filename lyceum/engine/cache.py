@@ -104,16 +104,29 @@ class Cache:
             memory[:, into, :, :num_tokens] = memory[:, out_of, :, :num_tokens]
 
     def keep(self, row: int, ids: Many[int], key: str) -> None:
-        """Put a copy of a slot, which holds these tokens, on the shelf."""
+        """Put a copy of a slot, which holds these tokens, on the shelf; of a chat that goes on only what is new is copied."""
         if self.shelf.num_kept == 0 or len(ids) < MIN_REUSE or not self._layers or self.shelf.touch(ids, key):
             return
+        kept = self.shelf.find(ids, key)[0]
+        if kept is not None and len(kept.ids) < len(ids) <= kept.size and kept.ids == ids[: len(kept.ids)]:
+            for layer, memory in self._layers.items():
+                kept.layers[layer][:, :, len(kept.ids) : len(ids)] = memory[:, row, :, len(kept.ids) : len(ids)]
+            kept.ids = list(ids)
+            return
+        size = len(ids) + len(ids) // 2  # to go on in
         if self.max_tokens:
             room = self.max_tokens - self.slot_tokens
             if len(ids) > room:
                 return
-            self.shelf.shrink(room - len(ids))
-        layers = {layer: memory[:, row, :, : len(ids)].clone() for layer, memory in self._layers.items()}
-        self.shelf.put(Kept(key, list(ids), layers))
+            if 2 * (self.shelf.num_tokens + size) > room:
+                size = len(ids)
+            self.shelf.shrink(room - size)
+        layers = {}
+        for layer, memory in self._layers.items():
+            _, _, num_heads, _, head_width = memory.shape
+            layers[layer] = memory.new_empty((2, num_heads, size, head_width))
+            layers[layer][:, :, : len(ids)] = memory[:, row, :, : len(ids)]
+        self.shelf.put(Kept(key, list(ids), layers, size))
 
     def take(self, row: int, kept: Kept, num_tokens: int) -> None:
         """Copy the first num_tokens of something on the shelf into a slot."""
@@ -266,11 +279,18 @@ def _chunk_mask(chunk: Stretch, like: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Kept:
-    """Keys and values of a sequence that has left: layer -> (2, K, time, E). key: whose requests may see it."""
+    """Keys and values of a sequence that has left: layer -> (2, K, time, E). key: whose requests may see it.
+
+    size: tokens that there is room for, should it go on; 0: as many as there are.
+    """
 
     key: str
     ids: list[int]
     layers: dict[int, Tensor]
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.size = self.size or len(self.ids)
 
 
 class Shelf:
@@ -310,7 +330,7 @@ class Shelf:
             if num_shared(kept.ids, new.ids) == len(kept.ids):
                 self._drop(kept)
         self._kept.append(new)
-        self.num_tokens += len(new.ids)
+        self.num_tokens += new.size
         while len(self._kept) > self.num_kept:
             self._drop(self._kept[0])
 
@@ -326,12 +346,13 @@ class Shelf:
 
     def check(self) -> None:
         """Asserts that the count of tokens is that of what is here."""
-        assert self.num_tokens == sum(len(kept.ids) for kept in self._kept), "the shelf has miscounted its tokens"
+        assert self.num_tokens == sum(kept.size for kept in self._kept), "the shelf has miscounted its tokens"
+        assert all(len(kept.ids) <= kept.size for kept in self._kept), "something on the shelf has outgrown its room"
         assert len(self._kept) <= self.num_kept, "the shelf holds more than it may"
 
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
-        self.num_tokens -= len(kept.ids)
+        self.num_tokens -= kept.size
 
 
 def num_shared(one: Many[int], other: Many[int]) -> int:

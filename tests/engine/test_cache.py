@@ -161,6 +161,23 @@ def test_what_left_comes_back_as_it_was() -> None:
     assert seen(append(cache.window([9], first=1), [77])[0]) == [[*range(9), 77]]
 
 
+def test_of_a_chat_that_goes_on_only_what_is_new_is_copied() -> None:
+    cache = filled(Cache(2, CPU, num_kept=3), list(range(40)))
+    cache.keep(0, list(range(20)), "")
+    kept = cache.shelf.find(list(range(20)), "")[0]
+    assert kept is not None and cache.shelf.num_tokens == kept.size == 30
+    memory = kept.layers[0].data_ptr()
+    append(cache.window([], [Stretch(0, 0, 15)]), [-1] * 15)  # what is there already is not read again
+    cache.keep(0, list(range(28)), "")
+    assert kept.ids == list(range(28)) and kept.layers[0].data_ptr() == memory and len(cache.shelf) == 1
+    cache.take(1, kept, 28)
+    assert seen(append(cache.window([28], first=1), [7])[0]) == [[*range(28), 7]]
+    cache.keep(0, [*range(15, 35), 5], "")  # another one
+    cache.keep(0, list(range(31)), "")  # no room behind it: a new copy, of all of it
+    assert [len(one.ids) for one in cache.shelf._kept] == [21, 31]
+    cache.shelf.check()
+
+
 def test_the_shelf_gives_way_to_what_runs() -> None:
     cache = filled(Cache(4, CPU, max_tokens=100, num_kept=4), list(range(30)))
     cache.keep(0, list(range(30)), "")
