@@ -54,8 +54,7 @@ class Engine:
     machine's). batch_invariant: a reply does not depend on batch mates in its last bit; every sequence then passes alone,
     and nothing is reused. pack: run a packed copy of the weights. half: while decoding, weights of large matrices are
     rounded to 16 bits, which is up to three times as fast on a CPU (`lyceum.model.product`); scores are the model's own.
-    guess: tokens that were here before are guessed, checked in one pass (`lyceum.engine.lookup`). checks: verify the books
-    after every step, for tests.
+    guess: guess tokens that stood here before, check them in one pass (`lyceum.engine.lookup`). checks: of the books, for tests.
     """
 
     model: Any
