@@ -167,8 +167,8 @@ def measure(kind: str, folder: Path, size: Size, options: argparse.Namespace) ->
         for name, worker in workers.items():
             turn = worker.turn(0.0 if options.short else options.seconds)
             speeds[name].append(contest.items(size) / statistics.median(turn["seconds"]))
-    for worker in workers.values():
-        if kind == "sft" and len(worker.losses) < SAME_LOSSES:
+    for name, worker in workers.items():
+        if kind == "sft" and name != "trl" and len(worker.losses) < SAME_LOSSES:
             worker.turn(0.0, SAME_LOSSES - len(worker.losses))
     found: dict[str, Any] = {}
     for name, worker in workers.items():

@@ -25,7 +25,7 @@ from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import PLAIN, SamplingParams
 from lyceum.engine.sequence import Output
 
-MIN_PROMPTS = 32  # of one engine: fewer rows than that and a step costs the same for less
+MIN_PROMPTS = 16  # of one engine: fewer rows than that and a step costs the same for less
 
 
 def generate(

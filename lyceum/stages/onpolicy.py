@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lyceum import device, dist
-from lyceum.batches.pack import TokenBatch, bucket, bucket_alike
+from lyceum import dist
+from lyceum.batches.pack import TokenBatch
 from lyceum.batches.pairs import Prompts, read_prompts
 from lyceum.batches.shards import Shards
 from lyceum.batches.stream import Stream, token_batch
@@ -36,7 +36,6 @@ from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import mix_seed
 from lyceum.errors import CheckpointError, RunError, TrainingError
 from lyceum.log import log
-from lyceum.model.branches import Branches, read
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.reference import reference_of, train_top_layers
 from lyceum.model.transformer import Decoder
@@ -66,9 +65,13 @@ from lyceum.stages.rollouts import (
     check_unbiased,
     estimate,
     figures,
+    fill_in,
     fitting,
     greedy_answers,
+    grouped,
+    logprobs_of,
     make_rollout,
+    predicting_states,
     sample_replies,
 )
 from lyceum.tokens.chat import ChatFormat
@@ -233,14 +236,8 @@ class OnPolicy(Stage[Batch]):
         """This rank's part of the chosen episodes, in micro-batches of similar length."""
         mine = torch.isin(rollout.number_B.cpu(), chosen).nonzero().flatten()
         part = rollout.rows(mine.tolist())
-        return [part.rows(group) for group in self.groups(part, mix_seed(self.seed, index, 3))]
-
-    def groups(self, rollout: Rollout, seed: int) -> list[list[int]]:
-        """Rows of similar length together, and where a prompt has several replies, these, so that it is read once."""
-        lengths, size = rollout.lengths_B.tolist(), self.config.micro_tokens
-        if self.config.group_size == 1:
-            return bucket(lengths, size, seed)
-        return bucket_alike(lengths, rollout.group_B.tolist(), size, seed)
+        groups = grouped(part, self.config.group_size, self.config.micro_tokens, mix_seed(self.seed, index, 3))
+        return [part.rows(group) for group in groups]
 
     def text_batches(self, index: int) -> list[TokenBatch]:
         """This rank's rows of pretraining text for step `index`: a function of the step alone."""
@@ -295,6 +292,8 @@ class OnPolicy(Stage[Batch]):
             check_sampler(rollout, config.max_logprob_gap)
             if self.iteration == 0:
                 check_reference(rollout, config.max_logprob_gap)
+        if self.is_single:
+            rollout.logp_old_BT = rollout.sampled_BT.clone()
         self.beta = self.kl.beta
         kl_BT = estimate(
             rollout, self.algorithm, self.beta, config.gamma, self.lam, whiten_rewards=config.whiten_rewards
@@ -345,45 +344,15 @@ class OnPolicy(Stage[Batch]):
         return self._engine
 
     def fill_in(self, rollout: Rollout) -> None:
-        """Log-probabilities of policy and reference, and values, each by the training graph on the same padded rows.
+        """What the training graph says of the rollout: log-probabilities of policy and reference, and values.
 
-        On a CPU threads share the rows, as they do in training.
+        Where the policy is asked again in the iteration's only update (`is_single`), the sampler's word for it is taken
+        here, once that was found to be true.
         """
-        groups = self.groups(rollout, 0)
-        count = 1
-        if self.device.type == "cpu":
-            count = max(1, min(len(groups), workers.num_workers(self.config.micro_tokens)))
-
-        @torch.no_grad()  # which is each thread's own affair
-        def go(number: int) -> None:
-            for group in groups[number::count]:
-                part = rollout.rows(group)
-                index, width = torch.tensor(group, device=self.device), part.tokens_BT.shape[1]
-                hidden_ND = self.hidden(self.policy, part)
-                logp_BT, entropy_BT = self.logprobs(self.policy, hidden_ND, part)
-                other_ND = self.hidden(self.reference, part)
-                reference_BT, _ = self.logprobs(self.reference, other_ND, part, with_entropy=False)
-                rollout.logp_old_BT[index, :width] = logp_BT
-                rollout.entropy_BT[index, :width] = entropy_BT
-                rollout.logp_ref_BT[index, :width] = reference_BT
-                rollout.value_old_BT[index, :width] = self.values(part, hidden_ND)
-
-        device.side_by_side(go, count)
-
-    def hidden(self, model: Decoder, part: Rollout) -> Tensor:
-        """Hidden states (N, D) where tokens were chosen, one before each: those that predict them."""
-        branches = None
-        if self.config.group_size > 1:
-            branches = Branches.of(part.tokens_BT, part.lengths_B, part.group_B)
-        return read(model, part.tokens_BT, algebra.predicting(part.mask_BT), branches)
-
-    def logprobs(
-        self, model: Decoder, hidden_ND: Tensor, part: Rollout, *, with_entropy: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the chosen tokens at the sampling temperature, and the entropy of each choice."""
-        return algebra.chosen_logprobs(
-            hidden_ND, model.output_weight, part.tokens_BT, part.mask_BT,
-            temperature=self.config.temperature, with_entropy=with_entropy,
+        fill_in(
+            rollout, grouped(rollout, self.config.group_size, self.config.micro_tokens, 0), self.policy, self.reference,
+            self.values, self.config.temperature, num_workers=workers.num_workers(self.config.micro_tokens),
+            asks_policy=not (self.is_single and self.is_proven),
         )  # fmt: skip
 
     def values(self, part: Rollout, hidden_ND: Tensor) -> Tensor:
@@ -391,6 +360,11 @@ class OnPolicy(Stage[Batch]):
         return torch.zeros_like(part.value_old_BT)
 
     # -- its losses
+
+    @property
+    def is_single(self) -> bool:
+        """Whether an iteration is one update without a critic: then the policy that sampled is the one that is updated."""
+        return self.config.epochs * self.config.minibatches == 1 and self.algorithm.advantage != "gae"
 
     @property
     def has_kl_term(self) -> bool:
@@ -407,7 +381,7 @@ class OnPolicy(Stage[Batch]):
     def loss(self, micro_batch: Batch) -> tuple[dict[str, Term], Metrics]:
         """The policy's losses of some episodes, or the pretraining loss of some text."""
         if isinstance(micro_batch, Rollout):
-            return self.policy_terms(micro_batch, self.hidden(self.policy, micro_batch))
+            return self.policy_terms(micro_batch, predicting_states(self.policy, micro_batch))
         total, count, _ = next_token_loss(self.policy, micro_batch.tokens_BT, micro_batch.weights_BT)
         weight = self.config.ptx_coef * self.policy_weight
         return {"ptx": Term(total, weight)}, {"ptx/loss": (total.detach(), count)}
@@ -415,11 +389,12 @@ class OnPolicy(Stage[Batch]):
     def policy_terms(self, part: Rollout, hidden_ND: Tensor) -> tuple[dict[str, Term], Metrics]:
         """The surrogate and, where it is a term, the KL to the reference."""
         config, mask_BT = self.config, part.mask_BT
-        logp_BT, entropy_BT = self.logprobs(self.policy, hidden_ND, part)
+        logp_BT, entropy_BT = logprobs_of(self.policy, hidden_ND, part, config.temperature)
         if not self.is_proven:
             check_first_ratio(logp_BT, part, config.max_logprob_gap)
             self.is_proven = True
-        policy_BT, stats = self.objective(logp_BT, part.logp_old_BT, part.advantage_BT, mask_BT, self.clip)
+        old_BT = logp_BT.detach() if self.is_single else part.logp_old_BT
+        policy_BT, stats = self.objective(logp_BT, old_BT, part.advantage_BT, mask_BT, self.clip)
         total = self.mean.total(policy_BT, mask_BT, config.max_response_tokens)
         terms = {"policy": Term(total, self.policy_weight)}
         if self.has_kl_term:
@@ -435,6 +410,8 @@ class OnPolicy(Stage[Batch]):
             "val/ratio": stats["ratio"],
             "val/ratio_var": centred_BT.square(),  # after_step takes the squared mean off
         }
+        if self.is_single:
+            sums["rollout/logprob_gap"] = (part.sampled_BT - logp_BT.detach()).abs().masked_fill(~mask_BT, 0.0)
         return terms, {name: (value.sum(), count) for name, value in sums.items()}
 
     def halves(self, micro_batch: Batch) -> list[Batch]:
@@ -442,7 +419,10 @@ class OnPolicy(Stage[Batch]):
         return [*micro_batch.halves()]
 
     def after_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Adds the figures of the iteration's rollout to every line."""
+        """Adds the figures of the iteration's rollout to every line; of some the update knows more than the rollout did."""
+        if self.is_single:
+            self.figures["rollout/logprob_gap"] = metrics["rollout/logprob_gap"]
+            self.figures["objective/entropy"] = metrics["policy/entropy"] * self.figures["tokens/response_length"]
         spread = metrics["val/ratio_var"] - (metrics["val/ratio"] - 1.0) ** 2
         return {**self.figures, "val/ratio_var": max(spread, 0.0)}
 

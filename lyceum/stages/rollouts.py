@@ -4,12 +4,12 @@ Why apart: every on-policy method samples and re-computes log-probabilities in t
 here (a sampler that is not the policy, padding counted as tokens, a score at the wrong index).
 
 Shapes: B episodes, T positions. The conventions are those of `lyceum.train.policy`: index t means "token t of the row".
-What it is not: it runs no training graph and updates nothing.
+What it is not: it updates nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from lyceum import dist
-from lyceum.batches.pack import pad
+from lyceum.batches.pack import bucket, bucket_alike, pad
 from lyceum.batches.pairs import Prompts
+from lyceum.device import side_by_side
 from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.engine.sequence import Output
 from lyceum.errors import DataError, TrainingError
 from lyceum.log import log
+from lyceum.model.branches import Branches, read
 from lyceum.model.transformer import Decoder
 from lyceum.stages.algorithms import Algorithm
 from lyceum.stages.rewards import Ids, last_turn
@@ -115,6 +117,70 @@ def make_rollout(
         **{name: torch.zeros(tokens_BT.shape, dtype=dtype) for name in names},
     )
     return Rollout(**{f.name: getattr(rollout, f.name).to(device) for f in fields(rollout)})
+
+
+def grouped(rollout: Rollout, group_size: int, micro_tokens: int, seed: int) -> list[list[int]]:
+    """Rows in micro-batches of similar length; where a prompt has several replies these stand together, to read it once."""
+    lengths = rollout.lengths_B.tolist()
+    if group_size == 1:
+        return bucket(lengths, micro_tokens, seed)
+    return bucket_alike(lengths, rollout.group_B.tolist(), micro_tokens, seed)
+
+
+def predicting_states(model: Decoder, part: Rollout) -> Tensor:
+    """Hidden states (N, D) that predict the chosen tokens; what replies to one prompt have in common is computed once."""
+    branches = Branches.of(part.tokens_BT, part.lengths_B, part.group_B)
+    return read(model, part.tokens_BT, algebra.predicting(part.mask_BT), branches)
+
+
+def logprobs_of(
+    model: Decoder, hidden_ND: Tensor, part: Rollout, temperature: float, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen tokens at the sampling temperature, and the entropy of each choice."""
+    tokens_BT, mask_BT = part.tokens_BT, part.mask_BT
+    return algebra.chosen_logprobs(
+        hidden_ND, model.output_weight, tokens_BT, mask_BT, temperature=temperature, with_entropy=with_entropy
+    )
+
+
+def fill_in(
+    rollout: Rollout,
+    groups: Sequence[Sequence[int]],
+    policy: Decoder,
+    reference: Decoder,
+    values: Callable[[Rollout, Tensor], Tensor],
+    temperature: float,
+    *,
+    num_workers: int = 1,
+    asks_policy: bool = True,
+) -> None:
+    """Writes what the training graph says of each row into the rollout; on a CPU threads share the rows.
+
+    Args:
+        groups: the rows of each pass.
+        values: (rows, the policy's hidden states that predict) -> the critic's values.
+        asks_policy: False leaves out the policy's log-probabilities and entropies, and the values.
+    """
+    device = rollout.tokens_BT.device
+    count = max(1, min(len(groups), num_workers)) if device.type == "cpu" else 1
+
+    @torch.no_grad()  # which is each thread's own affair
+    def go(number: int) -> None:
+        for group in groups[number::count]:
+            part = rollout.rows(group)
+            index, width = torch.tensor(group, device=device), part.tokens_BT.shape[1]
+            logp_BT, _ = logprobs_of(
+                reference, predicting_states(reference, part), part, temperature, with_entropy=False
+            )
+            rollout.logp_ref_BT[index, :width] = logp_BT
+            if asks_policy:
+                hidden_ND = predicting_states(policy, part)
+                logp_BT, entropy_BT = logprobs_of(policy, hidden_ND, part, temperature)
+                rollout.logp_old_BT[index, :width] = logp_BT
+                rollout.entropy_BT[index, :width] = entropy_BT
+                rollout.value_old_BT[index, :width] = values(part, hidden_ND)
+
+    side_by_side(go, count)
 
 
 def sample_replies(
