@@ -5,8 +5,12 @@ model overfits at once (Ouyang et al. 2022, section 3.5). So one prompt with its
 response one row and one forward pass: the prompt, the reply's ids as they would have been generated, its end token. The
 score is read at the last real token.
 
-    batches = ranking_batches(read_rankings(path), chat, micro_tokens, seed=epoch)
+    kept, held, _ = split_rankings(read_files([path]), 0.1, 0.0, seed)      # where a file is not split yet
+    batches = ranking_batches(kept, chat, micro_tokens, seed=epoch)
     prompts = read_prompts(path, chat, context_length - max_response_tokens)
+
+What cannot be learned from is left out and counted, nothing is cut: rankings without any order, with a row beyond the
+context, or whose ordered responses are all the same text. An empty response is the end token alone: it is kept, and counted.
 
 Not here: the losses (`lyceum.train.policy`), and which rank gets which batch.
 
@@ -15,8 +19,9 @@ Shapes: B responses of the whole batch, T time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lyceum.batches.pack import bucket_groups, pad
-from lyceum.corpus.records import Ranking, read_conversations
+from lyceum.corpus.records import Ranking, content_id, read_conversations, read_rankings
 from lyceum.errors import DataError
 from lyceum.log import log
 from lyceum.tokens.chat import ChatFormat
@@ -33,27 +38,42 @@ from lyceum.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EncodedRanking:
-    """One ranking as ids: a row for each response, its rank, what else is known of it, and its name for a person."""
+    """One ranking as ids: a row for each response, its rank, what else is known of it, its name for a person, and how many
+    tokens of each row are the prompt (0: not known)."""
 
     rows: list[list[int]]
     ranks: tuple[float, ...]
     probabilities: tuple[float, ...] | None
     meta: dict[str, Any]
     name: str = ""
+    num_prompt: int = 0
 
     @property
     def width(self) -> int:
         """Tokens of the longest row."""
         return max(map(len, self.rows))
 
+    @property
+    def margin(self) -> float:
+        """By how much a better response of it has to win, as the ranking itself says; 0 where it says nothing."""
+        return float(self.meta.get("margin") or 0.0)
+
 
 @dataclass(frozen=True)
 class EncodedRankings:
-    """What `encode_rankings` kept, and how many it left out: without any order, or with a row that is too long."""
+    """What `encode_rankings` kept, and how many it left out: without any order, with a row that is too long, or with the
+    same text for all responses that differ in rank; and how many of the kept responses are empty."""
 
     rankings: list[EncodedRanking]
     num_tied: int
     num_too_long: int
+    num_equal: int = 0
+    num_empty: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """For a report."""
+        left_out = {"all_ties": self.num_tied, "too_long": self.num_too_long, "equal_texts": self.num_equal}
+        return {"kept": len(self.rankings), **left_out, "empty_responses": self.num_empty}
 
 
 @dataclass(frozen=True)
@@ -121,43 +141,127 @@ class RankingBatch:
         )
 
 
+def read_files(paths: Sequence[Path | str]) -> list[Ranking]:
+    """The rankings of several files, each named by its file and its number in it (`meta.row`).
+
+    Raises:
+        DataError: a file cannot be read, or holds something else.
+    """
+    return [
+        replace(ranking, meta={**ranking.meta, "row": f"ranking {number} of {Path(path).name}"})
+        for path in paths
+        for number, ranking in enumerate(read_rankings(path), start=1)
+    ]
+
+
+def split_rankings(
+    rankings: Sequence[Ranking], valid_share: float, stranger_share: float, seed: int
+) -> tuple[list[Ranking], list[Ranking], int]:
+    """Training and validation part: by prompt, and by annotator where rankings name one (`meta.annotator`).
+
+    Conversations that the user opens with the same words are one prompt, whatever else is said. A share of the annotators are
+    strangers to training (held-out labelers, Ouyang et al. 2022, section 3.5): all they ranked is for validation, with
+    `meta.is_stranger`, and so is a prompt that only they ranked. What they ranked of a prompt that others ranked for
+    training is left out, as else that prompt would be on both sides.
+
+    Args:
+        valid_share: share of the other prompts kept for validation.
+        stranger_share: share of the annotators.
+
+    Returns:
+        The two parts, and how many rankings of strangers were left out.
+    """
+
+    def number(name: str) -> int:
+        return int(content_id(f"{seed} {name}")[:8], 16)
+
+    def opening(ranking: Ranking) -> str:
+        messages = ranking.prompt.messages
+        return next((message.content for message in messages if message.role == "user"), messages[-1].content)
+
+    annotators = {str(ranking.meta["annotator"]) for ranking in rankings if ranking.meta.get("annotator") is not None}
+    strangers = set(sorted(annotators, key=number)[: round(stranger_share * len(annotators))])
+    openings = [opening(ranking) for ranking in rankings]
+    theirs = [str(ranking.meta.get("annotator")) in strangers for ranking in rankings]
+    known = {name for name, is_theirs in zip(openings, theirs, strict=True) if not is_theirs}
+    train: list[Ranking] = []
+    valid: list[Ranking] = []
+    num_left_out = 0
+    for ranking, name, is_theirs in zip(rankings, openings, theirs, strict=True):
+        for_valid = name not in known or number(name) < valid_share * 16**8
+        if is_theirs and not for_valid:
+            num_left_out += 1
+        elif is_theirs:
+            valid.append(replace(ranking, meta={**ranking.meta, "is_stranger": True}))
+        else:
+            (valid if for_valid else train).append(ranking)
+    return train, valid, num_left_out
+
+
 def encode_rankings(
-    rankings: Iterable[Ranking], chat: ChatFormat, context_length: int | None = None
+    rankings: Iterable[Ranking],
+    chat: ChatFormat,
+    context_length: int | None = None,
+    *,
+    ties: bool = False,
+    path: Path | str | None = None,
 ) -> EncodedRankings:
     """Rankings as ids; one whose ranks all tie says nothing, one with a row beyond the context is not cut: both go.
 
     Args:
-        rankings: read once; their names count them, from 1.
+        rankings: read once; their names count them, from 1, unless `meta.row` names them.
         chat: the chat format.
         context_length: the longest row that fits, in tokens; None: any.
+        ties: whether a tie is something to learn from.
+        path: of the file they are from, for errors.
 
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or a margin is no number of at least 0.
     """
     kept: list[EncodedRanking] = []
-    num_tied = num_too_long = 0
-    for number, ranking in enumerate(rankings, start=1):
-        if len(set(ranking.ranks)) < 2:
+    num_tied = num_too_long = num_equal = num_empty = num_all = 0
+    for num_all, ranking in enumerate(rankings, start=1):
+        name = str(ranking.meta.get("row") or f"ranking {num_all} of rankings")
+        if len(set(ranking.ranks)) < 2 and not ties:
             num_tied += 1
             continue
         prompt = chat.prompt(ranking.prompt)
-        rows = [prompt + chat.reply(response).ids for response in ranking.responses]
-        name = f"ranking {number} of rankings"
-        encoded = EncodedRanking(rows, ranking.ranks, ranking.probabilities, ranking.meta, name)
+        replies = [chat.reply(response).ids for response in ranking.responses]
+        rows = [prompt + reply for reply in replies]
+        encoded = EncodedRanking(rows, ranking.ranks, ranking.probabilities, ranking.meta, name, len(prompt))
+        _check_margin(ranking.meta.get("margin"), name, path)
         if context_length is not None and encoded.width > context_length:
             num_too_long += 1
+        elif _says_nothing(replies, ranking.ranks, ties):
+            num_equal += 1
         else:
             kept.append(encoded)
-    num_all = len(kept) + num_tied + num_too_long
-    if num_tied or num_too_long:
-        log.warning(f"of {num_all} rankings {num_tied} are all ties, {num_too_long} too long for the context: left out")
+            num_empty += sum(len(reply) == 1 for reply in replies)
+    said = f"{num_tied} are all ties, {num_too_long} have a response beyond the context of {context_length} tokens"
+    said += f", {num_equal} differ in nothing but their ranks"
     if not kept:
         raise DataError(
-            f"none of {num_all} rankings can be learned from: {num_tied} are all ties, "
-            f"{num_too_long} have a response beyond the context of {context_length} tokens",
+            f"none of {num_all} rankings can be learned from: {said}",
+            file=path,
             hint="rank more answers, or raise model.context_length",
         )
-    return EncodedRankings(kept, num_tied, num_too_long)
+    if len(kept) < num_all:
+        log.warning(f"of {num_all} rankings {said}: left out")
+    if num_empty:
+        log.warning(f"{num_empty} responses are empty: kept, as the end token alone")
+    return EncodedRankings(kept, num_tied, num_too_long, num_equal, num_empty)
+
+
+def _says_nothing(replies: Sequence[list[int]], ranks: Sequence[float], ties: bool) -> bool:
+    """Whether all responses between which there is something to learn are the same: their gradient is exactly 0."""
+    pairs = ((i, j) for i in range(len(ranks)) for j in range(i) if ties or ranks[i] != ranks[j])
+    return all(replies[i] == replies[j] for i, j in pairs)
+
+
+def _check_margin(margin: Any, name: str, path: Path | str | None) -> None:
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool) and math.isfinite(margin)
+    if margin is not None and not (is_number and margin >= 0):
+        raise DataError(f"{name} has the margin {margin!r}", file=path, hint="a margin is a number of at least 0")
 
 
 def ranking_batches(

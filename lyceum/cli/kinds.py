@@ -86,7 +86,7 @@ KINDS: dict[str, Kind] = {
         "stage 3: learn to tell the better answer",
         "lyceum.stages.reward",
         "RewardConfig",
-        (_from("policy", "sft"), _from("rankings")),
+        (_from("policy", "sft"), _from("rankings", needed=lambda config: not config.data)),
         every_rank=True,
     ),
     "preference": Kind(

@@ -135,7 +135,7 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     longest = min(config.max_tokens or spec.context_length, spec.context_length)
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
-    judge = [frozen_memory(spec)] if config.best_by == "reward" else []
+    judge = [frozen_memory(spec)] * (config.best_by == "reward") * _judges(step, by_name)
     memory = _both(lambda size: [_training_memory(spec, micro, size, **state), *judge])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
     if lessons is None or not lessons.exists():
@@ -152,14 +152,17 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
 
 def _reward(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, _ = _spec(recipe, step, by_name)
-    config, rankings = step.config, by_name[step.inputs["rankings"]].config
+    config = step.config
     terms = 2 if config.centring else 1
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": terms, "loss": "score"}
     state["recompute"] = _recomputes(recipe)
     memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
-    prompts, example = round(rankings.prompts * (1 - rankings.valid_share)), _example(spec)
-    tokens = config.epochs * prompts * rankings.responses * example
-    count = config.epochs * -(-prompts // config.batch_prompts)
+    if config.data or "rankings" not in step.inputs:  # files of somebody's: not known until they are read
+        return Need(step.name, "reward", spec, *memory)
+    rankings, example = by_name[step.inputs["rankings"]].config, _example(spec)
+    prompts = round(rankings.prompts * (1 - rankings.valid_share))
+    tokens = config.members * config.epochs * prompts * rankings.responses * example
+    count = config.members * config.epochs * -(-prompts // config.batch_prompts)
     flops = tokens * spec.flops_per_token(example)
     return Need(step.name, "reward", spec, *memory, tokens=tokens, steps=count, flops=flops)
 
@@ -186,7 +189,8 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
 def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, _ = _spec(recipe, step, by_name)
     config, example = step.config, _example(spec)
-    has_critic, has_judge = step.section.kind == "ppo", not config.rewards or "model" in config.rewards
+    has_critic = step.section.kind == "ppo"
+    num_judges = _judges(step, by_name) if not config.rewards or "model" in config.rewards else 0
     terms = 2 + bool(config.ptx_coef)  # the policy's, and the critic's or the KL
     text_row = (
         by_name[step.inputs["pretrain"]].config.row_tokens if config.ptx_coef and "pretrain" in step.inputs else 0
@@ -197,7 +201,7 @@ def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Ste
         policy = _training_memory(spec, config.micro_tokens, size, matrix_lr=config.matrix_lr, loss="chosen", **both)
         engines = device.num_threads() if device.pick_device().type == "cpu" else 1  # side by side
         cache = cache_memory(spec, min(config.engine_batch * engines, config.episodes), spec.context_length)
-        held = [policy, *[frozen_memory(spec)] * (1 + has_judge), cache]  # the reference and the reward model
+        held = [policy, *[frozen_memory(spec)] * (1 + num_judges), cache]  # the reference and the reward models
         if has_critic:
             rate = config.critic_matrix_lr
             held.append(_training_memory(spec, config.micro_tokens, size, matrix_lr=rate, loss="score", **both))
@@ -209,10 +213,15 @@ def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Ste
     text = count * max(1, round(config.ptx_rows * episodes_a_step)) * text_row
     forward = spec.flops_per_token(example) / 3
     # an episode is sampled, read by policy and reference, by judge and critic; then policy and critic learn from it
-    passes = 3 + has_judge + has_critic
+    passes = 3 + num_judges + has_critic
     flops = episodes * forward * (passes + (1 + has_critic) * 3 * config.epochs) + 3 * forward * text
     tokens = config.epochs * episodes + text
     return Need(step.name, step.section.kind, spec, *_both(models), tokens=tokens, steps=count, flops=flops)
+
+
+def _judges(step: river.Step, by_name: Mapping[str, river.Step]) -> int:
+    """Members of the reward model that the section starts from."""
+    return by_name[step.inputs["reward"]].config.members if "reward" in step.inputs else 1
 
 
 def _recomputes(recipe: Recipe) -> bool:

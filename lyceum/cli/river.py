@@ -52,6 +52,7 @@ from lyceum.train.machine import machine_config
 from lyceum.train.watch import watch_config
 
 REPORT = "lyceum.evals.report"
+SHOWN = {"eval", "reward"}  # kinds of sections that have a part of the page to themselves
 
 # -------------------------------------------------------------------------------- the plan
 
@@ -327,18 +328,21 @@ def _call(step: Step, work: Work) -> dict[str, Any]:
 
 
 def _close(run: Run, recipe: Recipe, steps: Sequence[Step], redraw: bool = True) -> None:
-    """Show what the run has come to: the report, if the questions have been asked, and how to go on.
+    """Show what the run has come to: the report, once there is something to show on its page, and how to go on.
 
     Without `redraw` its page is left as it is, if nothing of what it shows has changed since.
     """
     finished = [step for step in steps if run.is_finished(step.name, step.key)]
-    if any(step.section.kind == "eval" for step in finished):
-        built = importlib.import_module(REPORT).build(run.path, recipe, redraw=redraw)
+    kinds = {step.section.kind for step in finished}
+    built = importlib.import_module(REPORT).build(run.path, recipe, redraw=redraw) if kinds & SHOWN else None
+    if built and "eval" in kinds:
         print("\n".join(built["lines"]))
     else:
         states = [state for step in finished if (state := read_state(run.path / step.name)) is not None]
         spent = show_time(sum(state.wall_s for state in states))
         print(f"schooling so far: {spent} for {len(finished)} of {len(steps)} sections, in {run.path}")
+        if built:
+            print(f"report: {built['path']}")
     if any(step.section.kind in CAN_CHAT for step in finished):
         print(f"talk to it: lyceum chat {run.path}")
     sys.stdout.flush()

@@ -274,7 +274,8 @@ def _ranking(row: Any) -> list[Ranking]:
     if kind == "message tree":
         return list(_tree_rankings(row["prompt"], (), row["message_tree_id"]))
     prompt, chosen, rejected = _chosen_rejected(row)
-    return [Ranking(prompt, (chosen, rejected), (1.0, 2.0), origin=str(row.get("origin", "human")), meta=prompt.meta)]
+    meta = prompt.meta | {key: row[key] for key in ("annotator", "margin") if row.get(key) is not None}
+    return [Ranking(prompt, (chosen, rejected), (1.0, 2.0), origin=str(row.get("origin", "human")), meta=meta)]
 
 
 def _rating(row: Any) -> list[Rating]:
@@ -304,8 +305,7 @@ def _prompt(row: Any) -> Conversation:
     if row.get("input"):
         text += "\n\n" + _need_text("input", row["input"])
     history = [turn for pair in row.get("history") or () for turn in zip(("user", "assistant"), pair, strict=True)]
-    messages = tuple(Message(role, content) for role, content in [*history, ("user", text)])
-    return Conversation(system + messages, tools, meta)
+    return Conversation(system + tuple(Message(*turn) for turn in [*history, ("user", text)]), tools, meta)
 
 
 def _turns(value: Any) -> tuple[Message, ...]:

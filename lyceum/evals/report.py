@@ -8,7 +8,6 @@ network and runs no script: plots are SVG drawn by matplotlib, text is escaped.
 from __future__ import annotations
 
 import html
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,8 @@ from string import Template
 from typing import Any
 
 from lyceum.config import Recipe
+from lyceum.evals import reward_page
+from lyceum.evals.plots import curve
 from lyceum.log import read_metrics, show_time
 from lyceum.run import read_state, write_json, write_text
 
@@ -91,6 +92,7 @@ def build(run_folder: Path, recipe: Recipe, *, redraw: bool = True) -> dict[str,
         "ppo_minus_sft": table.get("ppo_minus_sft", []),
         "reward_model": _pick(by_kind.get("reward", {}), ("accuracy_noisy", "accuracy_clean", "length_baseline")),
         "open_book": table.get("open_book"),
+        "ranked_by_rule": "rankings" in sections.values(),
     }
     examples = next(
         (_json(run_folder / name / "examples.json") for name, kind in sections.items() if kind == "eval"), {}
@@ -129,12 +131,15 @@ def _transcript_lines(examples: Mapping[str, Any]) -> list[str]:
 
 
 def _facts(result: Mapping[str, Any]) -> str:
-    parameters = result["parameters"]
-    size = f"{parameters / 1e6:.2f} million parameters, " if parameters else ""
-    return (
-        f"{size}{result['facts']} studied objects, {show_time(result['wall_s'])} minutes, {result['peak_memory_gb']:.1f} GB, "
-        f"ranked by a written rule, not by people; Python {result['python']}"
-    )
+    parameters, facts = result["parameters"], result["facts"]
+    said = [
+        f"{parameters / 1e6:.2f} million parameters" if parameters else "",
+        f"{facts} studied objects" if facts else "",
+        f"{show_time(result['wall_s'])} minutes",
+        f"{result['peak_memory_gb']:.1f} GB",
+        "ranked by a written rule, not by people" if result["ranked_by_rule"] else "",
+    ]
+    return f"{', '.join(filter(None, said))}; Python {result['python']}"
 
 
 def _name(model: str) -> str:
@@ -160,27 +165,6 @@ def _spent(run_folder: Path, sections: Mapping[str, str]) -> dict[str, tuple[flo
 
 
 # ---------------------------------------------------------------------------------------------------- the page
-
-
-def curve(points: Sequence[tuple[float, float]], title: str) -> str:
-    """One small line plot as an SVG element."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lyceum", "font.size": 8, "axes.spines.top": False,
-                            "axes.spines.right": False, "font.family": "sans-serif"}):  # fmt: skip
-        figure, axes = pyplot.subplots(figsize=(3.1, 1.8), layout="constrained")
-        axes.plot(*zip(*points, strict=True), linewidth=1.2, color="#3867b7")
-        axes.set_title(title, loc="left", fontsize=8)
-        axes.set_xlabel("step", fontsize=7)
-        axes.grid(alpha=0.25)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _curves(run_folder: Path, sections: Mapping[str, str]) -> str:
@@ -321,24 +305,18 @@ def _page(
     reports: Mapping[str, Mapping[str, Any]],
     examples: Mapping[str, Any],
 ) -> str:
-    rm = result["reward_model"]
-    reward_model = (
-        f"<p>Reward model, pairs of held-out prompts in the ranked order: {rm['accuracy_noisy']:.3f}; in the rule's own order "
-        f"(no reversed prompts): {rm['accuracy_clean']:.3f}; judging by length alone: {rm['length_baseline']:.3f}.</p>"
-        if rm.get("accuracy_noisy") is not None
-        else ""
-    )
     body = [
         f"<h1>{html.escape(result['recipe'])}: a school report</h1><p class='facts'>{html.escape(_facts(result))}</p>",
-        "<h2>Held-out questions</h2>" + _table(result) + _changes(result) + reward_model if result["rows"] else "",
+        "<h2>Held-out questions</h2>" + _table(result) + _changes(result) if result["rows"] else "",
         _open_book(result),
+        *(reward_page.section(name, reports[name]) for name, kind in sections.items() if kind == "reward"),
         _side_by_side(examples),
         _transcript(examples),
         _sections(result, reports),
         "<h2>Curves</h2>" + _curves(run_folder, sections),
         _samples(run_folder, sections),
         _drops(reports),
-        f"<p class='facts'>Intervals are 95 % bootstrap intervals over questions, one training run (seed {result['seed']}).</p>",
+        f"<p class='facts'>Intervals: 95 %, bootstrap over questions or prompts, one training run (seed {result['seed']}).</p>",
     ]
     return PAGE.substitute(title=html.escape(result["recipe"]), body="\n".join(body))
 

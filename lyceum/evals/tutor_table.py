@@ -13,19 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from lyceum.config import setting
 from lyceum.corpus.records import Conversation, Message
 from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
-from lyceum.errors import CheckpointError, DataError
+from lyceum.errors import DataError
 from lyceum.evals.metrics import best_of_n_kl, mean_interval, words
 from lyceum.evals.tasks import content, open_book, tutor
 from lyceum.evals.tasks.tutor import Grade, Question
 from lyceum.log import progress
-from lyceum.model.checkpoint import Loaded, load_checkpoint
-from lyceum.model.heads import ScoreModel
+from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.ensemble import load_members
 from lyceum.run import Work, write_json, write_lines
 from lyceum.tokens.chat import ChatFormat
 
@@ -67,16 +69,19 @@ class Outcome:
 class Judge:
     """The reward model over whole rows of ids: the normalised score at the last token."""
 
-    def __init__(self, loaded: Loaded, max_batch: int) -> None:
-        if not isinstance(loaded.model, ScoreModel):
-            raise CheckpointError("the reward section holds no reward model", hint="run its section again")
-        self.engine = Engine(loaded.model.decoder, max_batch=max_batch)
-        self.weight = loaded.model.score.weight.detach()[0]
-        self.centre = float(loaded.info.get("reward_centre", 0.0))
+    def __init__(self, folder: Path, max_batch: int) -> None:
+        members, self.ensemble = load_members(folder)
+        self.members = [
+            (Engine(one.model.decoder, max_batch=max_batch), one.model.score.weight.detach()[0], one.centre)
+            for one in members
+        ]
 
     def score(self, rows: Sequence[list[int]]) -> list[float]:
-        hidden = self.engine.encode(list(rows), at="last")
-        return [float(self.weight @ vector) - self.centre for vector in hidden]
+        each = [
+            [float(weight @ vector) - centre for vector in engine.encode(list(rows), at="last")]
+            for engine, weight, centre in self.members
+        ]
+        return self.ensemble.combine(torch.tensor(each, dtype=torch.float64)).tolist()
 
 
 # A measure maps an outcome to a number, or to None where it does not apply; the table shows its mean over the rest.
@@ -214,7 +219,7 @@ def run(config: EvalConfig, work: Work) -> dict:
         raise DataError("no held-out questions", file=path, hint="raise lessons.held_out")
     loaded = {name: load_checkpoint(work.inputs[name] / "checkpoint") for name in ("base", "sft", "ppo")}
     chat = ChatFormat(loaded["sft"].tokenizer)
-    judge = Judge(load_checkpoint(work.inputs["reward"] / "checkpoint"), config.max_batch)
+    judge = Judge(work.inputs["reward"] / "checkpoint", config.max_batch)
     exam = Exam(questions, chat, judge, config)
     engines = {name: Engine(item.model, max_batch=config.max_batch, num_kept=0) for name, item in loaded.items()}
     results: dict[str, list[Outcome]] = {}

@@ -143,7 +143,7 @@ class OnPolicy(Stage[Batch]):
             rewards = dict(config.rewards) or {MODEL: 1.0}
             if MODEL in rewards:
                 judge = load_judge(work, self.tokenizer, self.kind, config.micro_tokens)
-                self.frozen["reward"] = judge.model
+                self.frozen |= judge.modules()
             self.reward = judge
             if rewards != {MODEL: 1.0}:
                 self.reward = reward_source(

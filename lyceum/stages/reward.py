@@ -14,19 +14,22 @@ correlated; spread over the data set they overfit within one epoch, so one or tw
 
 Deviations, each with its reason:
 - Ties make no pair and the mean is over the pairs that remain, so that a ranking with ties weighs as much as any other.
+  With `ties = "half"` a tie is a pair that either one wins with probability one half, which draws the two scores together.
 - It starts from the fine-tuned policy itself (the paper: a 6B model tuned on public sets): there is one size here.
 - After training, scores are shifted *and* scaled so that a stated set of responses has mean 0 and standard deviation 1
   (Ziegler et al. 2019); the paper shifts only. PPO's coefficients then mean the same for every reward model. The scale
   is in `score.weight`; the centre, to be subtracted, stands in lyceum.json as `reward_centre`. Calibration and margins
   are reported in the units of training, where sigmoid(margin) is a probability: margin * `reward_scale`.
+- With `members` above 1 it is trained that often, each time with another head and another order, and the scores are
+  combined (`lyceum.model.ensemble`); the paper has one.
 
-Run by `lyceum reward RECIPE`. What it is not: an ensemble, or a judge of anything unlike what it was trained on.
+Run by `lyceum reward RECIPE`. What it is not: a judge of anything unlike what it was trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,15 +39,28 @@ from torch import Tensor
 
 from lyceum import dist
 from lyceum.batches.pack import bucket, pad
-from lyceum.batches.pairs import EncodedRanking, EncodedRankings, RankingBatch, encode_rankings, ranking_batches
+from lyceum.batches.pairs import (
+    EncodedRanking,
+    EncodedRankings,
+    RankingBatch,
+    encode_rankings,
+    ranking_batches,
+    read_files,
+    split_rankings,
+)
 from lyceum.config import setting
 from lyceum.corpus.records import read_rankings
-from lyceum.errors import CheckpointError, TrainingError
+from lyceum.engine.sampling import mix_seed
+from lyceum.errors import CheckpointError, DataError, RunError, TrainingError
+from lyceum.evals import agreement
+from lyceum.evals.agreement import differences
+from lyceum.log import log
 from lyceum.model.branches import Branches, read
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
+from lyceum.model.ensemble import AGGREGATES, MEMBER, Ensemble, join_members, load_members
 from lyceum.model.heads import ScoreModel
 from lyceum.model.transformer import Decoder
-from lyceum.run import checkpoint_in
+from lyceum.run import StageFolder, checkpoint_in, mend
 from lyceum.tokens.chat import ChatFormat
 from lyceum.train import policy as algebra
 from lyceum.train.loop import run_stage
@@ -55,9 +71,10 @@ if TYPE_CHECKING:
     from lyceum.run import Work
     from lyceum.tokens.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 SCORE_TOKENS = 8192  # read at once where nothing is learned, pads included
 HEAD = "score.weight"  # the tensor that turns a hidden state into a score
+SCORES = "scores.jsonl"  # of a section: what the model says of every response it was normalised or judged on
 
 # ---------------------------------------------------------------- configuration
 
@@ -66,11 +83,21 @@ HEAD = "score.weight"  # the tensor that turns a hidden state into a score
 class RewardConfig(TrainConfig):
     """Settings of the reward model."""
 
+    data: tuple[str, ...] = setting((), "files of rankings or pairs, in place of the section's before it")
+    valid_share: float = setting(0.1, "share of the prompts of `data` kept for validation", low=0.0, high=0.9)
+    stranger_share: float = setting(
+        0.0, "share of the annotators of `data` whose rankings are for validation only", low=0.0, high=0.9
+    )
+    members: int = setting(1, "reward models trained, each from another head and in another order", low=1)
+    aggregate: str = setting("mean", "how the members' scores become one", choices=AGGREGATES)
+    deviations: float = setting(1.0, "of mean_less_deviations: standard deviations taken off the mean", low=0.0)
+
     epochs: int = setting(1, "passes over the rankings; more than two overfit", low=1)
     batch_prompts: int = setting(
         16, "prompts, with all their responses, in one optimizer step (InstructGPT: 64)", low=1
     )
     margin: float = setting(0.0, "how much better the better response must score before its loss is small", low=0.0)
+    ties: str = setting("drop", "a tie makes no pair, or one that either wins by half", choices=("drop", "half"))
     centring: float = setting(0.0, "weight of a penalty on the squared sum of a pair's scores (0.01 is usual)", low=0.0)
     normalise_on: str = setting(
         "valid", "the rankings whose responses get mean 0 and standard deviation 1", choices=("valid", "train")
@@ -85,6 +112,51 @@ class RewardConfig(TrainConfig):
     batch_tokens: int = setting(1, "not used: a step is `batch_prompts` prompts", low=1)
 
 
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rankings to learn from and to judge by; of these `num_strangers` by strangers to training were of its prompts, and
+    are in neither."""
+
+    train: EncodedRankings
+    valid: EncodedRankings
+    num_strangers: int = 0
+
+
+def read_data(config: RewardConfig, work: Work, chat: ChatFormat, context_length: int) -> Data:
+    """The rankings of the section before, or those of `data`, split by prompt and by annotator.
+
+    Raises:
+        DataError: a file cannot be read, or nothing in it can be learned from. RunError: there is neither.
+    """
+    half = config.ties == "half"
+    if config.data:
+        named = read_files(config.data)
+        kept, held, num_strangers = split_rankings(named, config.valid_share, config.stranger_share, work.seed)
+        if not kept:
+            raise DataError(
+                f"none of {len(named)} rankings is left to train on", hint="lower valid_share or stranger_share"
+            )
+        place = ", ".join(config.data)
+        train = encode_rankings(kept, chat, context_length, ties=half, path=place)
+        valid = encode_rankings(held, chat, context_length, path=place) if held else NOTHING
+        return Data(train, valid, num_strangers)
+    if "rankings" not in work.inputs:
+        raise RunError(
+            "reward has nothing to learn from: no rankings section stands before it",
+            hint="put a [rankings] section before it, or name files: data = ['pairs.jsonl']",
+        )
+    path, valid_path = (work.inputs["rankings"] / f"{part}.jsonl" for part in ("train", "valid"))
+    train = encode_rankings(read_rankings(path), chat, context_length, ties=half, path=path)
+    if not valid_path.exists() or not valid_path.stat().st_size:
+        return Data(train, NOTHING)
+    return Data(train, encode_rankings(read_rankings(valid_path), chat, context_length, path=valid_path))
+
+
+NOTHING = EncodedRankings([], 0, 0)
+
 # ---------------------------------------------------------------- equations (pairs and their loss: train/policy.py)
 
 
@@ -97,93 +169,20 @@ def last_scores(model: ScoreModel, tokens_BT: Tensor, lengths_B: Tensor, group_B
 
 
 def pair_probabilities(batch: RankingBatch, pairs: algebra.Pairs) -> Tensor | None:
-    """P(the better one really is) from the probabilities of being best: p_w / (p_w + p_l) (Luce 1959), or 1."""
+    """P(the one called better really is) from the probabilities of being best: p_w / (p_w + p_l) (Luce 1959); without
+    them 1, or one half of a tie. None stands for 1 everywhere."""
+    tied_P = batch.ranks_B[pairs.better_P] == batch.ranks_B[pairs.worse_P]
     if batch.probabilities_B is None:
-        return None
+        return torch.where(tied_P, 0.5, 1.0) if bool(tied_P.any()) else None
     better_P, worse_P = batch.probabilities_B[pairs.better_P], batch.probabilities_B[pairs.worse_P]
-    return (better_P / (better_P + worse_P)).nan_to_num(nan=1.0)
+    stated_P = better_P / (better_P + worse_P)
+    return torch.where(stated_P.isnan(), torch.where(tied_P, 0.5, 1.0), stated_P)
 
 
-def differences(values: Sequence[float], ranks: Sequence[float]) -> list[float]:
-    """values[i] - values[j] for every pair that the ranks decide, i before j."""
-    decided = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-    return [values[i] - values[j] for i, j in decided]
-
-
-def accuracy(by_prompt: Sequence[Sequence[float]], *, samples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Share of pairs with a positive difference (an exact 0 counts half), with a 95 % bootstrap interval over prompts.
-
-    Pairs of one prompt share its responses, so prompts are drawn, not pairs (Efron & Tibshirani 1993, chapter 13).
-
-    Returns:
-        (accuracy, low, high); NaN without any pair.
-    """
-    right = np.array([sum((d > 0) + 0.5 * (d == 0) for d in ds) for ds in by_prompt], dtype=np.float64)
-    pairs = np.array([len(ds) for ds in by_prompt], dtype=np.float64)
-    if pairs.sum() == 0:
-        return (float("nan"),) * 3
-    draws = np.random.default_rng(seed).integers(0, len(pairs), (samples, len(pairs)))
-    drawn = right[draws].sum(1) / np.maximum(pairs[draws].sum(1), 1.0)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(right.sum() / pairs.sum()), float(low), float(high)
-
-
-def calibration_error(margins: Sequence[float], bins: int = 10) -> float:
-    """Expected calibration error of the stated preference probabilities sigmoid(|margin|), in equal bins from 0.5 to 1.
-
-    Source: Guo et al. 2017, eq. 3; the confidence of a preference is that of the response it favours.
-    """
-    margin = np.asarray(margins, dtype=np.float64)
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    right = (margin > 0) + 0.5 * (margin == 0)
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = [abs((right - confidence)[which == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / max(len(margin), 1))
-
-
-def length_correlation(scores: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> float:
-    """Pearson correlation of score and length within prompts (their own means taken off); 0 if either is constant."""
-    x = np.concatenate([np.asarray(v, dtype=np.float64) - np.mean(v) for v in lengths])
-    y = np.concatenate([np.asarray(v, dtype=np.float64) - np.mean(v) for v in scores])
-    scale = np.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale > 1e-12 else 0.0
-
-
-def judge(scores: Sequence[Sequence[float]], rankings: Sequence[EncodedRanking]) -> dict[str, Any]:
-    """How well scores, in the units of training, agree with rankings, and with what they could be mistaken for.
-
-    `accuracy_clean` and `noisy_ceiling` (what an annotator without noise would reach against the noisy ranks) are there
-    for the rankings that carry `meta["clean_ranks"]`. `length_baseline` is the better of "longer" and "shorter".
-    """
-    lengths = [[len(row) for row in ranking.rows] for ranking in rankings]
-    noisy = [differences(s, r.ranks) for s, r in zip(scores, rankings, strict=True)]
-    by_length = accuracy([differences(n, r.ranks) for n, r in zip(lengths, rankings, strict=True)])[0]
-    margins = [margin for ds in noisy for margin in ds]
-    counts, edges = np.histogram(np.clip(margins, -4.99, 4.99), bins=20, range=(-5.0, 5.0))
-    right, low, high = accuracy(noisy)
-    found: dict[str, Any] = {
-        "accuracy_noisy": right,
-        "accuracy_noisy_interval": [low, high],
-        "length_baseline": max(by_length, 1 - by_length),
-        "calibration_error": calibration_error(margins),
-        "margins": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "length_correlation": length_correlation(scores, lengths),
-        "pairs": len(margins),
-        "prompts": len(rankings),
-    }
-    known = [i for i, ranking in enumerate(rankings) if ranking.meta.get("clean_ranks")]
-    if known:
-        clean = [rankings[i].meta["clean_ranks"] for i in known]
-        right, low, high = accuracy([differences(scores[i], ranks) for i, ranks in zip(known, clean, strict=True)])
-        best = [[-rank for rank in ranks] for ranks in clean]
-        by_length = accuracy([differences(lengths[i], ranks) for i, ranks in zip(known, clean, strict=True)])[0]
-        found |= {
-            "accuracy_clean": right,
-            "accuracy_clean_interval": [low, high],
-            "length_baseline_clean": max(by_length, 1 - by_length),
-            "noisy_ceiling": accuracy([differences(b, rankings[i].ranks) for i, b in zip(known, best, strict=True)])[0],
-        }
-    return found
+def required_margins(batch: RankingBatch, pairs: algebra.Pairs, margin: float) -> float | Tensor:
+    """The margin that each pair has to win by: `margin` and what its ranking asks for beside it (Llama 2, eq. 2)."""
+    own_G = torch.tensor([float(meta.get("margin") or 0.0) for meta in batch.meta])
+    return margin + own_G[pairs.group_P] if bool(own_G.any()) else margin
 
 
 # ---------------------------------------------------------------- a trained reward model, for use
@@ -214,12 +213,19 @@ def _scores_of(model: ScoreModel, rows: Sequence[Sequence[int]], groups: Sequenc
 
 @dataclass
 class RewardModel:
-    """A reward model as a reward source: its scores have mean 0 and deviation 1 on the set it was normalised on."""
+    """A reward model, or an ensemble of them, as a reward source: its scores have mean 0 and deviation 1 on the set it was
+    normalised on.
+
+    model, centre: of the one member, or of the first (which PPO's critic begins as). others: the further members' models
+    and centres. ensemble: how all their scores are combined.
+    """
 
     model: ScoreModel
     centre: float
     tokenizer: Any
     micro_tokens: int = SCORE_TOKENS
+    others: list[tuple[ScoreModel, float]] = field(default_factory=list)
+    ensemble: Ensemble = field(default_factory=Ensemble)
 
     @classmethod
     def load(
@@ -233,22 +239,38 @@ class RewardModel:
         Raises:
             CheckpointError: there is none, it holds another kind of model, or its tokenizer is another one than `reads`.
         """
-        loaded = load_checkpoint(folder)
-        if not isinstance(loaded.model, ScoreModel):
-            raise CheckpointError(f"{folder} holds a language model, not a reward model", hint="name a reward section")
-        if reads is not None and loaded.tokenizer.fingerprint != reads.fingerprint:
+        members, ensemble = load_members(folder)
+        first = members[0]
+        if reads is not None and (first.tokenizer is None or first.tokenizer.fingerprint != reads.fingerprint):
             raise CheckpointError(
-                f"{folder} was trained with another tokenizer than the policy that it is to judge",
+                f"{folder} was trained with another tokenizer than the policy that it is to judge"
+                if first.tokenizer is not None
+                else f"{folder} has no tokenizer, so that nobody knows whether it reads this policy's ids",
                 hint="train the reward model from this policy's own tokenizer",
             )
-        return cls(loaded.model, float(loaded.info.get("reward_centre", 0.0)), loaded.tokenizer, micro_tokens)
+        others = [(member.model, member.centre) for member in members[1:]]
+        return cls(first.model, first.centre, first.tokenizer, micro_tokens, others, ensemble)
+
+    def modules(self) -> dict[str, ScoreModel]:
+        """Name -> model of every member, for a stage's frozen modules."""
+        others = {f"reward_{number}": model for number, (model, _) in enumerate(self.others, 2)}
+        return {"reward": self.model, **others}
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], meta: Sequence[dict[str, Any]] = ()
     ) -> list[float | None]:
-        """The score of each response to its prompt, both as ids."""
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        return list(score_responses(self.model, rows, self.centre, micro_tokens=self.micro_tokens))
+        """The score of each response to its prompt, both as ids; a response without an end is scored where it stops.
+
+        None for what it cannot score: a response without a token, and one that with its prompt is longer than the context.
+        """
+        context = self.model.decoder.spec.context_length
+        pairs = zip(prompts, responses, strict=True)
+        rows = [[*p, *r] if len(r) and len(p) + len(r) <= context else [] for p, r in pairs]
+        fit = [row for row in rows if row]
+        members = [(self.model, self.centre), *self.others]
+        each = [score_responses(model, fit, centre, micro_tokens=self.micro_tokens) for model, centre in members]
+        scores = iter(self.ensemble.combine(torch.tensor(each, dtype=torch.float64)).tolist())
+        return [next(scores) if row else None for row in rows]
 
 
 # ---------------------------------------------------------------- the stage
@@ -271,24 +293,23 @@ class Reward(Stage[RankingBatch]):
         """Puts a fresh head on the fine-tuned policy and reads the rankings."""
         source = checkpoint_in(work.inputs["policy"])
         loaded = load_checkpoint(source)
-        if not isinstance(loaded.model, Decoder):
+        if not isinstance(loaded.model, Decoder) or loaded.tokenizer is None:
             raise CheckpointError(
-                f"{work.inputs['policy']} holds no language model", hint="reward starts from an sft section"
+                f"{work.inputs['policy']} holds no language model with a tokenizer",
+                hint="reward starts from an sft section",
             )
         self.tokenizer, self.parent = loaded.tokenizer, f"{source.parent.name}/{source.name}"
-        chat, context = ChatFormat(self.tokenizer), loaded.spec.context_length
-        folder = work.inputs["rankings"]
-        train = encode_rankings(read_rankings(folder / "train.jsonl"), chat, context)
-        valid_path = folder / "valid.jsonl"
-        has_valid = valid_path.exists() and valid_path.stat().st_size > 0
-        valid = encode_rankings(read_rankings(valid_path), chat, context) if has_valid else EncodedRankings([], 0, 0)
-        self.begin(ScoreModel.from_decoder(loaded.model), train, valid, chat, seed=work.seed)
+        chat = ChatFormat(self.tokenizer)
+        data = read_data(self.config, work, chat, loaded.spec.context_length)
+        self.begin(ScoreModel.from_decoder(loaded.model), data.train, data.valid, chat, seed=work.seed)
+        self.num_strangers = data.num_strangers
 
     def begin(
         self, model: ScoreModel, train: EncodedRankings, valid: EncodedRankings, chat: ChatFormat, *, seed: int
     ) -> None:
         """Sets the stage from things in memory; `valid` may be empty."""
         self.train, self.valid, self.chat, self.seed = train, valid, chat, seed
+        self.num_strangers = 0
         self.trained = {"reward": Trained(model, self.config.optimizer(), self.config.clip_norm)}
         self.steps_per_epoch = -(-len(train.rankings) // self.config.batch_prompts)
         self.num_steps = self.config.epochs * self.steps_per_epoch
@@ -304,23 +325,29 @@ class Reward(Stage[RankingBatch]):
             batches = ranking_batches(part, self.chat, self.config.micro_tokens, number)
             yield Step(dist.share(batches), tokens=sum(batch.num_tokens for batch in batches))
 
+    def pairs(self, micro_batch: RankingBatch) -> algebra.Pairs:
+        """The pairs that are learned from."""
+        return algebra.ranking_pairs(micro_batch.ranks_B, micro_batch.group_B, ties=self.config.ties == "half")
+
     def counts(self, micro_batch: RankingBatch) -> dict[str, float]:
         """Prompts: each weighs the same, however many responses it has."""
-        num_prompts = float(algebra.ranking_pairs(micro_batch.ranks_B, micro_batch.group_B).num_groups)
+        num_prompts = float(self.pairs(micro_batch).num_groups)
         return {"ranking": num_prompts, **({"centring": num_prompts} if self.config.centring else {})}
 
     def loss(self, micro_batch: RankingBatch) -> tuple[dict[str, Term], Metrics]:
         """The mean pair loss of each prompt, summed over prompts; one forward for each response."""
         score_B = last_scores(self.model, micro_batch.tokens_BT, micro_batch.lengths_B, micro_batch.group_B).cpu()
-        pairs = algebra.ranking_pairs(micro_batch.ranks_B, micro_batch.group_B)
+        pairs = self.pairs(micro_batch)
+        margin = required_margins(micro_batch, pairs, self.config.margin)
         probability_P = pair_probabilities(micro_batch, pairs)
-        total = algebra.ranking_loss(score_B, pairs, required_margin=self.config.margin, probability_P=probability_P)
+        total = algebra.ranking_loss(score_B, pairs, required_margin=margin, probability_P=probability_P)
         terms = {"ranking": Term(total)}
         if self.config.centring:  # Eisenstein et al. 2023: scores are free to drift together, and this keeps them at 0
             sums_P = score_B[pairs.better_P] + score_B[pairs.worse_P]
             terms["centring"] = Term((sums_P.square() * pairs.weight_P.to(sums_P.dtype)).sum(), self.config.centring)
-        margin_P = (score_B[pairs.better_P] - score_B[pairs.worse_P]).detach()
-        num_pairs = float(len(pairs))
+        is_order_P = micro_batch.ranks_B[pairs.better_P] != micro_batch.ranks_B[pairs.worse_P]
+        margin_P = (score_B[pairs.better_P] - score_B[pairs.worse_P]).detach()[is_order_P]
+        num_pairs = float(len(margin_P))
         return terms, {
             "accuracy": ((margin_P > 0).sum() + 0.5 * (margin_P == 0).sum(), num_pairs),
             "margin": (margin_P.sum(), num_pairs),
@@ -332,7 +359,7 @@ class Reward(Stage[RankingBatch]):
         return micro_batch.halves()
 
     def describe(self, micro_batch: RankingBatch) -> list[dict[str, Any]]:
-        """The ranking's number in the rankings' train.jsonl, from 1, and each of its responses with prompt and rank."""
+        """Where each ranking is from (its number from 1), and each of its responses with prompt and rank."""
         return micro_batch.described(self.chat.tokenizer)
 
     @torch.no_grad()
@@ -361,9 +388,11 @@ class Reward(Stage[RankingBatch]):
 
     def save(self, folder: Path, snapshot: str = "") -> None:
         """Normalises, judges and writes the reward model; the weights in training stay as they were."""
-        use_valid = bool(self.valid.rankings) and self.config.normalise_on == "valid"
-        scores = self.score_all((self.valid if use_valid else self.train).rankings)
-        flat = torch.tensor([score for row in scores for score in row], dtype=torch.float64)
+        stated, judged = parts_of(self.config, bool(self.valid.rankings))
+        parts = {"train": self.train.rankings, "valid": self.valid.rankings}
+        wanted = {stated} if snapshot else {stated, judged}
+        scored = {part: agreement.scored_rankings(parts[part], self.score_all(parts[part])) for part in sorted(wanted)}
+        flat = torch.tensor([score for one in scored[stated] for score in one.scores], dtype=torch.float64)
         centre, scale = float(flat.mean()), float(flat.std(unbiased=False))
         if not scale > 1e-6:
             raise TrainingError(
@@ -373,15 +402,13 @@ class Reward(Stage[RankingBatch]):
         normalised = {
             "reward_centre": centre / scale,
             "reward_scale": scale,
-            "normalised_on": f"rankings/{'valid' if use_valid else 'train'}.jsonl, {len(flat)} responses",
+            "normalised_on": f"rankings/{stated}.jsonl, {len(flat)} responses",
         }
         if not snapshot:
-            judged = self.valid.rankings or self.train.rankings
-            self.results = {
-                **judge(self.score_all(judged), judged),
-                **normalised,
-                "judged_on_training_data": not self.valid.rankings,
-            }
+            about = {"judged_on_training_data": judged == "train"}
+            self.results = {**agreement.judge(scored[judged]), **normalised, **about}
+            if dist.is_main():
+                agreement.write_scored(folder / SCORES, scored)
 
         def rescaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor * (1 / scale) if name == HEAD else tensor for name, tensor in tensors.items()}
@@ -392,19 +419,64 @@ class Reward(Stage[RankingBatch]):
 
     def report(self, final: Mapping[str, float]) -> dict[str, Any]:
         """Accuracies beside their baseline and ceiling, calibration, and what was left out."""
-        found = self.results
-        clean = f", {found['accuracy_clean']:.1%} of clean ones" if "accuracy_clean" in found else ""
-        return {
-            "line": f"orders {found['accuracy_noisy']:.1%} of held-out pairs as ranked{clean}; "
-            f"by length alone {found['length_baseline']:.1%}",
-            **found,
-            "rankings": {
-                part: {"kept": len(rankings.rankings), "all_ties": rankings.num_tied, "too_long": rankings.num_too_long}
-                for part, rankings in (("train", self.train), ("valid", self.valid))
-            },
-        }
+        strangers = {"known_prompts_of_strangers": self.num_strangers} if self.num_strangers else {}
+        counts = {"train": self.train.counts(), "valid": self.valid.counts(), **strangers}
+        return {"line": line_of(self.results), **self.results, "rankings": counts}
+
+
+def parts_of(config: RewardConfig, has_valid: bool) -> tuple[str, str]:
+    """The parts of the rankings that scores are normalised on, and that the model is judged by."""
+    judged = "valid" if has_valid else "train"
+    return judged if config.normalise_on == "valid" else "train", judged
+
+
+def line_of(found: Mapping[str, Any]) -> str:
+    """The sentence that is shown when a reward model is done."""
+    clean = f", {found['accuracy_clean']:.1%} of clean ones" if "accuracy_clean" in found else ""
+    which = "training" if found["judged_on_training_data"] else "held-out"
+    return (
+        f"orders {found['accuracy_noisy']:.1%} of {which} pairs as ranked{clean}; "
+        f"by length alone {found['length_baseline']:.1%}"
+    )
+
+
+# ---------------------------------------------------------------- an ensemble
+
+
+def train_members(config: RewardConfig, work: Work) -> list[tuple[Path, dict[str, Any]]]:
+    """Trains the members one after the other, each as a section would be; the first in the section's own folder.
+
+    Returns:
+        Folder and report of each.
+    """
+    found = []
+    for number in range(1, config.members + 1):
+        folder, seed = work.folder, work.seed
+        if number > 1:
+            folder, seed = StageFolder(work.folder.path / f"{MEMBER}{number}"), mix_seed(work.seed, number)
+            if dist.is_main():
+                folder.path.mkdir(exist_ok=True)
+                mend(folder.path)
+            dist.barrier()
+        log.info(f"  member {number} of {config.members}")
+        found.append((folder.path, run_stage(Reward(config), replace(work, folder=folder, seed=seed))))
+    return found
 
 
 def run(config: RewardConfig, work: Work) -> dict[str, Any]:
-    """Trains a reward model on `work.inputs["rankings"]` from `work.inputs["policy"]`; returns the report."""
-    return run_stage(Reward(config), work)
+    """Trains a reward model, or several, on rankings from `work.inputs["policy"]`; returns the report."""
+    if config.members == 1:
+        return run_stage(Reward(config), work)
+    members = train_members(config, work)
+    report: dict[str, Any] = {}
+    if dist.is_main():
+        reports = [report for _, report in members]
+        said = [agreement.read_scored(path / SCORES) for path, _ in members]
+        wanted = Ensemble(config.members, config.aggregate, config.deviations)
+        ensemble, found = agreement.judge_members(said, reports, wanted, *parts_of(config, "valid" in said[0]))
+        join_members(work.folder.checkpoint, [path / "checkpoint" for path, _ in members], ensemble)
+        sums = {key: sum(report[key] for report in reports) for key in ("steps", "tokens", "seconds")}
+        report = {**reports[0], **sums, **found}
+        report["line"] = f"{config.members} members, {config.aggregate}: {line_of(report)}"
+    dist.barrier()
+    return report

@@ -224,7 +224,7 @@ class SFT(Stage[TokenBatch]):
             )
         folder = work.inputs["reward"] / "checkpoint"
         source = RewardModel.load(folder, micro_tokens=self.config.micro_tokens, reads=self.tokenizer)
-        self.frozen["reward"] = source.model
+        self.frozen |= source.modules()
         return source.score
 
     def begin(

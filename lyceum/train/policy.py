@@ -221,26 +221,33 @@ class Pairs:
         return int(self.group_P.unique().numel())
 
 
-def ranking_pairs(rank_B: Tensor, group_B: Tensor) -> Pairs:
-    """Every pair that a ranking decides: same prompt, smaller rank (1 = best) first; ties make no pair.
+def ranking_pairs(rank_B: Tensor, group_B: Tensor, *, ties: bool = False) -> Pairs:
+    """Every pair that a ranking decides: same prompt, smaller rank (1 = best) first.
 
     Args:
         rank_B: ranks, floats allowed, ties allowed.
         group_B: prompt number of each response.
+        ties: whether two responses of the same rank make a pair too, the first of them called better; else they make none.
     """
-    decided_BB = (group_B.unsqueeze(1) == group_B.unsqueeze(0)) & (rank_B.unsqueeze(1) < rank_B.unsqueeze(0))
-    better_P, worse_P = decided_BB.nonzero(as_tuple=True)
+    same_BB = group_B.unsqueeze(1) == group_B.unsqueeze(0)
+    chosen_BB = same_BB & (rank_B.unsqueeze(1) < rank_B.unsqueeze(0))
+    if ties:
+        chosen_BB |= (same_BB & (rank_B.unsqueeze(1) == rank_B.unsqueeze(0))).triu(1)
+    better_P, worse_P = chosen_BB.nonzero(as_tuple=True)
     group_P = group_B[better_P]
     _, inverse_P, pairs_in_group = group_P.unique(return_inverse=True, return_counts=True)
     return Pairs(better_P, worse_P, group_P, 1.0 / pairs_in_group[inverse_P].double())
 
 
-def pair_loss(margin_P: Tensor, *, required_margin: float = 0.0, probability_P: Tensor | None = None) -> Tensor:
+def pair_loss(
+    margin_P: Tensor, *, required_margin: float | Tensor = 0.0, probability_P: Tensor | None = None
+) -> Tensor:
     """Bradley-Terry loss of each pair: -log sigmoid(s_better - s_worse - required margin).
 
     Args:
         margin_P: s_better - s_worse.
-        required_margin: how much better the better one should score before the loss is small.
+        required_margin: how much better the better one should score before the loss is small; of all pairs, or of each
+            (Touvron et al. 2023, Llama 2, eq. 2).
         probability_P: probability that the one called better really is; None means 1. The loss is then the expected
             negative log-likelihood under that coin (conservative or soft labels).
 
@@ -253,7 +260,7 @@ def pair_loss(margin_P: Tensor, *, required_margin: float = 0.0, probability_P: 
 
 
 def ranking_loss(
-    score_B: Tensor, pairs: Pairs, *, required_margin: float = 0.0, probability_P: Tensor | None = None
+    score_B: Tensor, pairs: Pairs, *, required_margin: float | Tensor = 0.0, probability_P: Tensor | None = None
 ) -> Tensor:
     """Sum over prompts of the mean pair loss of that prompt; divide by `pairs.num_groups` for the mean.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lyceum.batches.pairs import encode_rankings, ranking_batches, read_prompts
+from lyceum.batches.pairs import encode_rankings, ranking_batches, read_files, read_prompts, split_rankings
 from lyceum.corpus.records import Conversation, Message, Ranking, write_records
 from lyceum.errors import ConfigError, DataError
 from lyceum.tokens.chat import ChatFormat
@@ -93,6 +95,102 @@ def test_rankings_without_order_or_beyond_the_context_are_left_out_and_counted(c
         encode_rankings(rankings[::2], chat, context_length=40)
 
 
+def test_equal_texts_and_ties_say_nothing_and_empty_responses_are_kept_and_counted(chat: ChatFormat) -> None:
+    rankings = [
+        ranking("a", ["x", "x"], [1, 2]),  # equal texts
+        ranking("b", ["x", "x", "y"], [1, 1, 2]),  # two that tie, and one that differs from both
+        ranking("c", ["x", ""], [1, 2]),  # an empty response
+        ranking("d", ["x", "y"], [1, 1]),  # a tie
+        ranking("e", ["x", "x"], [1, 1]),  # a tie of equal texts
+    ]
+    encoded = encode_rankings(rankings, chat)
+    assert [kept.meta["question"] for kept in encoded.rankings] == ["b", "c"]
+    assert encoded.counts() == {"kept": 2, "all_ties": 2, "too_long": 0, "equal_texts": 1, "empty_responses": 1}
+    empty = encoded.rankings[1]
+    assert empty.rows[1][empty.num_prompt :] == [chat.tokenizer.turn_end_id]
+    encoded = encode_rankings(rankings, chat, ties=True)
+    assert [kept.meta["question"] for kept in encoded.rankings] == ["b", "c", "d"]
+    assert encoded.counts() == {"kept": 3, "all_ties": 0, "too_long": 0, "equal_texts": 2, "empty_responses": 1}
+
+
+@pytest.mark.parametrize("margin", ["much", -1.0, math.nan, True])
+def test_a_margin_that_is_none_is_an_error_that_names_its_ranking(chat: ChatFormat, margin: object) -> None:
+    wrong = Ranking(
+        prompt("a"), (Message("assistant", "x"), Message("assistant", "y")), (1, 2), meta={"margin": margin}
+    )
+    with pytest.raises(DataError, match=r"pairs\.jsonl: ranking 2 of rankings has the margin"):
+        encode_rankings([ranking("a", ["x", "y"], [1, 2]), wrong], chat, path="pairs.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ training and validation
+
+
+def judged(question: str, annotator: str | None = None, **fields: object) -> Ranking:
+    meta = {"question": question, **({} if annotator is None else {"annotator": annotator})}
+    replies = (Message("assistant", "x"), Message("assistant", "y"))
+    return Ranking(prompt(question), replies, (1, 2), meta=meta, **fields)  # type: ignore[arg-type]
+
+
+def first_words(ranking: Ranking) -> str:
+    return next(message.content for message in ranking.prompt.messages if message.role == "user")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_is_on_one_side_of_the_split_however_its_conversation_goes_on(seed: int) -> None:
+    rankings = []
+    for n in range(300):
+        opening = prompt(f"question {n // 3}")
+        further = (Message("assistant", f"{n}"), Message("user", "and then?")) if n % 3 else ()
+        rankings.append(replace(judged("q"), prompt=replace(opening, messages=opening.messages + further)))
+    train, valid, left_out = split_rankings(rankings, 0.3, 0.0, seed)
+    sides = [{ranking.prompt.messages[0].content for ranking in part} for part in (train, valid)]
+    assert not sides[0] & sides[1] and len(train) + len(valid) == 300 and left_out == 0
+    assert 0.15 < len(valid) / 300 < 0.45
+    assert split_rankings(rankings[::-1], 0.3, 0.0, seed)[0][::-1] == train  # a function of prompts, not of their order
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_training_sees_nothing_of_held_out_annotators_nor_their_prompts(seed: int) -> None:
+    shared = [judged(f"shared {n}", f"person {(n + more) % 10}") for n in range(100) for more in (0, 1)]
+    alone = [judged(f"own {n}", f"person {n % 10}") for n in range(100)]
+    unnamed = [judged(f"unnamed {n}") for n in range(50)]
+    given = shared + alone + unnamed
+    train, valid, left_out = split_rankings(given, 0.2, 0.3, seed)
+    strangers = {ranking.meta["annotator"] for ranking in valid if ranking.meta.get("is_stranger")}
+    assert len(strangers) == 3
+    assert not strangers & {ranking.meta.get("annotator") for ranking in train}
+    questions = [{ranking.meta["question"] for ranking in part} for part in (train, valid)]
+    assert not questions[0] & questions[1]
+    assert len(train) + len(valid) + left_out == len(given)
+    theirs = [ranking for ranking in valid if ranking.meta.get("annotator") in strangers]
+    assert all(ranking.meta["is_stranger"] for ranking in theirs)
+    assert {r.meta["question"] for r in theirs} >= {
+        r.meta["question"] for r in alone if r.meta["annotator"] in strangers
+    }
+    assert any(not ranking.meta.get("is_stranger") for ranking in valid)  # known people too, of prompts held out
+
+
+REAL = (
+    "hh-rlhf/test.jsonl.gz",
+    "pref-demo/dpo_en_demo.json",
+    "pref-demo/dpo_zh_500.jsonl",
+    "pref-demo/dpo_zh_demo.json",
+)
+
+
+def test_real_pairs_are_read_named_and_split_by_prompt() -> None:
+    folder = Path(os.environ.get("LYCEUM_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+    files = [folder / name for name in REAL]
+    if not all(file.exists() for file in files):
+        pytest.skip("no shared data sets here (set LYCEUM_DATA to their folder)")
+    rankings = read_files(files)
+    assert len(rankings) == 2312 + 300 + 500 + 300
+    assert rankings[2312].meta["row"] == "ranking 1 of dpo_en_demo.json"
+    train, valid, left_out = split_rankings(rankings, 0.2, 0.0, 0)
+    openings = [{first_words(ranking) for ranking in part} for part in (train, valid)]
+    assert not openings[0] & openings[1] and left_out == 0 and 0.15 < len(valid) / len(rankings) < 0.25
+
+
 def test_probabilities_come_along_where_there_are_some(chat: ChatFormat) -> None:
     rankings = [ranking("a", ["x", "y"], [1, 2], probabilities=(0.75, 0.25)), ranking("b", ["x", "y"], [1, 2])]
     (batch,) = ranking_batches(rankings, chat, 999, seed=0)
@@ -107,7 +205,7 @@ def test_probabilities_come_along_where_there_are_some(chat: ChatFormat) -> None
 
 def test_prompt_whose_responses_need_more_than_one_batch_is_an_error_with_a_hint(chat: ChatFormat) -> None:
     with pytest.raises(ConfigError, match=r"tokens must be in one micro-batch(.|\n)*hint: set micro_tokens to"):
-        ranking_batches([ranking("a", ["x"] * 9, range(9))], chat, 50, seed=0)
+        ranking_batches([ranking("a", list("abcdefghi"), range(9))], chat, 50, seed=0)
 
 
 def test_prompts_end_where_the_reply_begins(chat: ChatFormat, tmp_path: Path) -> None:

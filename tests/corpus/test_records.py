@@ -146,6 +146,15 @@ def test_sharegpt_function_calls_become_tool_turns(tmp_path: Path) -> None:
     assert conversation.messages[2] == Message("tool", "sunny", tool_call_id="call_0")
 
 
+def test_a_pair_keeps_its_annotator_and_its_margin(tmp_path: Path) -> None:
+    pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "meta": {"source": "school"}}
+    path = lines(tmp_path / "pairs.jsonl", {**pair, "annotator": "Ada", "margin": 0.5}, {**pair, "margin": None})
+    known, unknown = read_rankings(path)
+    assert known.meta == {"source": "school", "annotator": "Ada", "margin": 0.5} and unknown.meta == {
+        "source": "school"
+    }
+
+
 def test_every_pair_format_gives_the_same_ranking(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "2 + 2?"}]
     good, bad = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ ROW = {"helpful_f1": 0.5, "wrong_claim": 0.25, "length": 12.5, "intervals": {"he
 def finished_run(tmp_path: Path) -> tuple[Path, Recipe]:
     """A run folder as the river leaves it, with an answer that tries to be markup."""
     kinds = ("pretrain", "sft", "reward", "eval")
-    recipe = Recipe("toy", 7, {}, tuple(Section(kind, kind, {}) for kind in kinds), tmp_path / "toy.toml")
+    sections = tuple(Section(kind, kind, {}) for kind in (*kinds, "rankings"))  # rankings have left nothing behind
+    recipe = Recipe("toy", 7, {}, sections, tmp_path / "toy.toml")
     for number, kind in enumerate(kinds):
         folder = tmp_path / kind
         folder.mkdir()
@@ -104,3 +106,11 @@ def test_a_run_without_its_evaluation_has_a_report_without_a_table(finished_run:
     built = report.build(folder, recipe)
     assert json.loads((folder / "report.json").read_text())["rows"] == []
     assert "Held-out questions" not in built["path"].read_text()
+
+
+def test_people_are_not_said_to_be_a_rule(finished_run: tuple[Path, Recipe]) -> None:
+    folder, recipe = finished_run
+    people = replace(recipe, sections=tuple(one for one in recipe.sections if one.kind != "rankings"))
+    report.build(folder, people)
+    page = (folder / "report.html").read_text()
+    assert "not by people" not in page and "1.20 million parameters" in page and "None" not in page

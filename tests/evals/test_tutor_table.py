@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from lyceum.evals.tasks.tutor import DECLINE, Question, grade
-from lyceum.evals.tutor_table import Outcome, compare, summarise
+from lyceum.evals.tutor_table import Judge, Outcome, compare, summarise
+from lyceum.model.checkpoint import save_checkpoint
+from lyceum.model.ensemble import Ensemble, join_members
+from lyceum.model.heads import ScoreModel
+from lyceum.model.spec import ModelSpec
+from lyceum.model.transformer import Decoder
+from lyceum.stages.reward import RewardModel
 
 KNOWN = Question("What does len do?", "studied", "does", "Return the number of items.", name="len")
 UNKNOWN = Question("What does flurb do?", "made_up", "does", DECLINE, name="flurb")
@@ -44,3 +53,16 @@ def test_difference_is_taken_question_by_question() -> None:
     change = compare("wrong_claim", before, after)
     assert change["difference"] == pytest.approx(-0.75)
     assert change["interval"][0] >= -1.0 and change["interval"][1] <= 0.0
+
+
+def test_the_examination_scores_with_every_member_of_an_ensemble(tmp_path: Path) -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    for number, generator in enumerate(generators):
+        model = ScoreModel(Decoder(ModelSpec(32, 1, 32, 2, 2, 16, 64, 64), generator), generator)
+        save_checkpoint(tmp_path / str(number), model, info={"reward_centre": 0.1})
+    join_members(tmp_path / "both", [tmp_path / "0", tmp_path / "1"], Ensemble(2, "min", centre=0.2, scale=0.5))
+    rows = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    prompts, responses = [row[:1] for row in rows], [row[1:] for row in rows]
+    for place in ("0", "both"):
+        expected = RewardModel.load(tmp_path / place).score(prompts, responses)
+        assert Judge(tmp_path / place, 8).score(rows) == pytest.approx(expected, abs=1e-4)

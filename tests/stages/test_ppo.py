@@ -48,6 +48,7 @@ from lyceum.corpus.records import Conversation, Document, Message, write_records
 from lyceum.engine.sequence import Output
 from lyceum.errors import CheckpointError, DataError, RunError, TrainingError, UsageError
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
+from lyceum.model.ensemble import Ensemble, join_members
 from lyceum.model.heads import ScoreModel
 from lyceum.model.transformer import Decoder
 from lyceum.run import Work
@@ -519,6 +520,29 @@ def test_rewards_and_first_values_are_the_reward_models_own_scores(school: Path,
         every = judge.model(row[None, :length])[0].detach() - 0.25
         assert float(score) == pytest.approx(float(every[-1]), abs=1e-5)  # at the last real token, less the centre
         assert float(value[length - 1]) == pytest.approx(float(every[-2]), abs=1e-5)  # the critic began as it
+
+
+def test_an_ensemble_judges_as_one_model_does_and_the_critic_begins_as_its_first_member(
+    school: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_checkpoint(school / "reward" / "checkpoint").tokenizer
+    other = ScoreModel(Decoder(replace(SPEC, vocab_size=tokenizer.vocab_size, context_length=48)))
+    save_checkpoint(tmp_path / "other", other, tokenizer, {"reward_centre": -0.5})
+    folder = school / "ensemble" / "checkpoint"
+    join_members(folder, [school / "reward" / "checkpoint", tmp_path / "other"], Ensemble(2, "min", scale=0.5))
+    stage = ppo.PPO(replace(FILES, missing_end="keep"))
+    stage.start(school_work(school, tmp_path, reward="ensemble"))
+    assert {"reward", "reward_2"} <= set(stage.frozen)
+    rollout, _ = stage.collect()
+    first = RewardModel.load(school / "reward" / "checkpoint")
+    for row, length, score, value in zip(
+        rollout.tokens_BT, rollout.lengths_B.tolist(), rollout.score_B, rollout.value_old_BT, strict=True
+    ):
+        each = [
+            model(row[None, :length])[0].detach() - centre for model, centre in ((first.model, 0.25), (other, -0.5))
+        ]
+        assert float(score) == pytest.approx(2 * min(float(every[-1]) for every in each), abs=1e-5)
+        assert float(value[length - 1]) == pytest.approx(float(each[0][-2]), abs=1e-5)
 
 
 def test_what_is_missing_or_does_not_fit_is_said(school: Path, tmp_path: Path) -> None:

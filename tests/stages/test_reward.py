@@ -1,4 +1,5 @@
-"""The reward model: equations by hand, normalisation, and that it learns a noisy rule while a control does not."""
+"""The reward model: equations by hand, normalisation, ensembles, odd input, and that it learns a noisy rule while a control
+does not."""
 
 from __future__ import annotations
 
@@ -12,17 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lyceum.batches.pairs import EncodedRanking, EncodedRankings, encode_rankings, ranking_batches
 from lyceum.config import Recipe
-from lyceum.corpus.records import Conversation, Message, Ranking, write_records
-from lyceum.errors import CheckpointError
+from lyceum.corpus.records import Conversation, Message, Ranking, read_rankings, write_records
+from lyceum.engine.sampling import mix_seed
+from lyceum.errors import CheckpointError, DataError, RunError
+from lyceum.evals import agreement
 from lyceum.model.checkpoint import save_checkpoint
+from lyceum.model.ensemble import Ensemble
 from lyceum.model.heads import ScoreModel
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
 from lyceum.stages import reward
+from lyceum.stages.rewards import checked
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train import policy
@@ -72,25 +78,6 @@ def train(stage: reward.Reward, folder: Path, seed: int = 0) -> dict[str, Any]:
 # ---------------------------------------------------------------- equations
 
 
-def test_differences_accuracy_and_calibration_by_hand() -> None:
-    # ranks 1, 2, 2: the first beats both, the tie makes no pair
-    assert reward.differences([3.0, 1.0, 5.0], [1, 2, 2]) == [2.0, -2.0]
-    assert reward.accuracy([[2.0, -2.0], [1.0], [0.0]])[0] == (1 + 1 + 0.5) / 4
-    # all four say 0.75 (margin log 3); three are right: no error. Two right: an error of a quarter.
-    odds = math.log(3)
-    assert reward.calibration_error([odds, odds, odds, -odds]) == pytest.approx(0.0)
-    assert reward.calibration_error([odds, odds, -odds, -odds]) == pytest.approx(0.25)
-    assert reward.length_correlation([[1.0, 2.0], [7.0, 5.0]], [[3, 5], [9, 5]]) == pytest.approx(1.0)
-
-
-def test_accuracy_interval_draws_prompts_not_pairs() -> None:
-    # 40 prompts of 6 pairs, each wholly right or wholly wrong: as uncertain as 40 coins, not as 240
-    by_prompt = [[1.0] * 6 if i % 2 else [-1.0] * 6 for i in range(40)]
-    value, low, high = reward.accuracy(by_prompt)
-    assert value == 0.5
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 40), rel=0.15)
-
-
 def test_soft_labels_become_pair_probabilities() -> None:
     rankings = [
         EncodedRanking([[2, 1], [3, 1]], (1, 2), (0.6, 0.2), {}),
@@ -102,16 +89,33 @@ def test_soft_labels_become_pair_probabilities() -> None:
     assert probability is not None and sorted(probability.tolist()) == pytest.approx([0.75, 1.0])
 
 
-def test_judge_reports_noisy_and_clean_accuracy_beside_length_and_ceiling() -> None:
-    rows = [[2] * 2, [2] * 3, [2] * 4]  # the longer one is better by the clean order; every second order is reversed
-    rankings = [
-        EncodedRanking(rows, (1, 2, 3) if i % 2 else (3, 2, 1), None, {"clean_ranks": [3, 2, 1]}) for i in range(4)
+def test_a_tie_is_no_pair_or_one_that_either_wins_by_half() -> None:
+    given = [
+        EncodedRanking([[2, 1], [3, 1], [4, 1]], (1, 1, 2), None, {}),
+        EncodedRanking([[5, 1], [6, 1]], (1, 1), (0.8, 0.2), {}),  # a soft label says more than the tie
     ]
-    found = reward.judge([[0.0, 1.0, 2.0]] * 4, rankings)
-    assert (found["accuracy_clean"], found["accuracy_noisy"], found["noisy_ceiling"]) == (1.0, 0.5, 0.5)
-    assert (found["length_baseline"], found["length_baseline_clean"]) == (0.5, 1.0)
-    assert found["length_correlation"] == pytest.approx(1.0)
-    assert sum(found["margins"]["counts"]) == found["pairs"] == 12
+    (batch,) = ranking_batches(EncodedRankings(given, 0, 0), CHAT, 100, 0)
+    for ties, expected in (("drop", [1.0, 1.0]), ("half", [0.5, 0.8, 1.0, 1.0])):
+        stage = InMemory(reward.RewardConfig(ties=ties), given, [])
+        pairs = stage.pairs(batch)
+        probability = reward.pair_probabilities(batch, pairs)
+        assert probability is not None and sorted(probability.tolist()) == pytest.approx(expected)
+        assert sum(pairs.weight_P.tolist()) == pytest.approx(pairs.num_groups)
+    decided = EncodedRankings([replace(given[0], ranks=(1, 2, 3))], 0, 0)
+    (batch,) = ranking_batches(decided, CHAT, 100, 0)
+    assert reward.pair_probabilities(batch, stage.pairs(batch)) is None  # no soft label and no tie: nothing to weigh
+
+
+def test_margins_are_of_all_pairs_and_of_a_ranking() -> None:
+    rows = [[2, 1], [3, 1]]
+    given = [EncodedRanking(rows, (1, 2), None, {"margin": 1.5}), EncodedRanking(rows, (2, 1), None, {})]
+    stage = InMemory(reward.RewardConfig(margin=0.25, batch_prompts=2), given, [])
+    stage.start(work_in(Path("unused")))
+    (step,) = list(stage.steps(0))
+    total = sum(float(stage.loss(batch)[0]["ranking"].total.detach()) for batch in step.micro_batches)
+    first, second = reward.score_responses(stage.model, rows)
+    expected = math.log1p(math.exp(-(first - second - 1.75))) + math.log1p(math.exp(-(second - first - 0.25)))
+    assert total == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------- scores and loss
@@ -178,29 +182,120 @@ def test_language_model_is_refused_as_a_reward_model(tmp_path: Path) -> None:
         reward.RewardModel.load(tmp_path)
 
 
+# ---------------------------------------------------------------- what cannot be learned from, or scored
+
+
+def test_what_cannot_be_scored_is_none_and_costs_its_neighbours_nothing() -> None:
+    judge = reward.RewardModel(score_model(), 0.25, None)
+    prompts = [[2, 3]] * 3 + [[2] * 60]
+    responses = [[4, END], [], [4, 5], [6] * 5]  # ends; has no token; has no end; is beyond the context of 64
+    scores = judge.score(prompts, responses)
+    alone = [float(judge.model(torch.tensor([row]))[0, -1].detach()) - 0.25 for row in ([2, 3, 4, END], [2, 3, 4, 5])]
+    assert scores[1] is None and scores[3] is None
+    assert [scores[0], scores[2]] == pytest.approx(alone, abs=1e-6)
+    assert judge.score(prompts[1:2], responses[1:2]) == [None] and judge.score([], []) == []
+    with torch.no_grad():
+        judge.model.score.weight.fill_(float("nan"))
+    assert checked(judge.score(prompts[:1], responses[:1]), 1) == [None]  # a broken model scores nothing
+
+
+def test_a_reward_model_that_reads_other_ids_is_refused(tmp_path: Path) -> None:
+    ours, other = (Tokenizer.train([text * 20], 280) for text in ("what is it? yes no ", "quite another language "))
+    spec = replace(SPEC, vocab_size=280)
+    save_checkpoint(tmp_path / "ours", ScoreModel(Decoder(spec)), ours)
+    save_checkpoint(tmp_path / "mute", ScoreModel(Decoder(spec)))
+    assert reward.RewardModel.load(tmp_path / "ours", reads=ours).centre == 0.0
+    with pytest.raises(CheckpointError, match="another tokenizer") as caught:
+        reward.RewardModel.load(tmp_path / "ours", reads=other)
+    assert "own tokenizer" in caught.value.hint
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        reward.RewardModel.load(tmp_path / "mute", reads=ours)
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_file_of_nothing_but_ties_is_an_error_that_names_it(school: Path, tmp_path: Path, part: str) -> None:
+    for name in ("train", "valid"):
+        ranks = (1.0, 1.0) if name == part else (1.0, 2.0)
+        write_records(tmp_path / "rankings" / f"{name}.jsonl", [ranking(ranks)] * 3)
+    work = work_in(tmp_path / "reward", {"policy": school / "sft", "rankings": tmp_path / "rankings"})
+    with pytest.raises(DataError, match=rf"{part}\.jsonl: none of 3 rankings(.|\n)*3 are all ties"):
+        reward.run(reward.RewardConfig(), work)
+    if part == "train":  # where a tie says something, it is enough
+        report = reward.run(reward.RewardConfig(ties="half"), work)
+        assert report["rankings"]["train"]["kept"] == 3 and report["rankings"]["train"]["all_ties"] == 0
+
+
+def test_nothing_to_learn_from_is_said(school: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no rankings section") as caught:
+        reward.run(reward.RewardConfig(), work_in(tmp_path / "reward", {"policy": school / "sft"}))
+    assert "data" in caught.value.hint
+
+
 # ---------------------------------------------------------------- from files
 
 
-def test_stage_reads_files_and_reports_what_it_left_out(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned model's folder, and rankings beside it."""
+    folder = tmp_path_factory.mktemp("school")
     tokenizer = Tokenizer.train(["what is it? yes no maybe it is so " * 20], 280)
     spec = replace(SPEC, vocab_size=tokenizer.vocab_size)
-    save_checkpoint(tmp_path / "sft" / "checkpoint", Decoder(spec), tokenizer)
+    save_checkpoint(folder / "sft" / "checkpoint", Decoder(spec, torch.Generator().manual_seed(0)), tokenizer)
+    for part, count in (("train", 12), ("valid", 5)):
+        rows = [ranking((1, 2), "yes " * (n % 3 + 1), f"what {part} {n}?") for n in range(count)]
+        write_records(folder / "rankings" / f"{part}.jsonl", rows)
+    return folder
 
-    def ranking(ranks: tuple[float, float], answer: str = "yes") -> Ranking:
-        prompt = Conversation((Message("user", "what is it?"),))
-        return Ranking(prompt, (Message("assistant", answer), Message("assistant", "no")), ranks, origin="rule")
 
-    rows = [ranking((1, 2))] * 5 + [ranking((1, 1))] * 2 + [ranking((1, 2), "yes " * 90)]
-    write_records(tmp_path / "rankings" / "train.jsonl", rows)
+def ranking(
+    ranks: tuple[float, float], answer: str = "yes", question: str = "what is it?", other: str = "no", **meta: Any
+) -> Ranking:
+    replies = (Message("assistant", answer), Message("assistant", other))
+    return Ranking(Conversation((Message("user", question),)), replies, ranks, origin="rule", meta=meta)
+
+
+def school_work(school: Path, folder: Path, seed: int = 0) -> Work:
+    return work_in(folder, {"policy": school / "sft", "rankings": school / "rankings"}, seed)
+
+
+def test_stage_reads_files_and_reports_what_it_left_out(school: Path, tmp_path: Path) -> None:
+    odd = [ranking((1, 1))] * 2 + [ranking((1, 2), "yes " * 90), ranking((1, 2), "no"), ranking((1, 2), "")]
+    write_records(tmp_path / "rankings" / "train.jsonl", [ranking((1, 2))] * 5 + odd)
     write_records(tmp_path / "rankings" / "valid.jsonl", [ranking((1, 2))])
-    work = work_in(tmp_path / "reward", {"policy": tmp_path / "sft", "rankings": tmp_path / "rankings"})
+    work = work_in(tmp_path / "reward", {"policy": school / "sft", "rankings": tmp_path / "rankings"})
     result = reward.run(reward.RewardConfig(epochs=2), work)
-    assert result["rankings"]["train"] == {"kept": 5, "all_ties": 2, "too_long": 1}
+    assert result["rankings"]["train"] == {
+        "kept": 6, "all_ties": 2, "too_long": 1, "equal_texts": 1, "empty_responses": 1,
+    }  # fmt: skip
+    assert sum(result["rankings"]["train"][key] for key in ("kept", "all_ties", "too_long", "equal_texts")) == 10
     assert result["accuracy_noisy"] == 1.0 and "length_baseline" in result and "%" in result["line"]
     loaded = reward.RewardModel.load(tmp_path / "reward" / "checkpoint")
-    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
     info = json.loads((tmp_path / "reward" / "checkpoint" / "lyceum.json").read_text())
     assert info["parent"] == "sft/checkpoint" and info["stage"] == "reward" and info["reward_centre"] == loaded.centre
+    assert info["tokenizer"] == loaded.tokenizer.fingerprint
+
+
+def test_files_of_ones_own_are_split_by_prompt_and_by_annotator(school: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"what is {n}?", "chosen": "yes", "rejected": "no", "annotator": f"person {n % 4}"}
+        for n in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_records(tmp_path / "more.jsonl", [ranking((1, 2), question=f"is it {n}?") for n in range(20)])
+    config = reward.RewardConfig(
+        data=(str(tmp_path / "pairs.jsonl"), str(tmp_path / "more.jsonl")), valid_share=0.2, stranger_share=0.25
+    )
+    report = reward.run(config, work_in(tmp_path / "reward", {"policy": school / "sft"}))
+    parts = report["rankings"]
+    assert parts["train"]["kept"] + parts["valid"]["kept"] == 60
+    assert {name: group["pairs"] for name, group in report["by_annotators"].items()}["held_out"] == 10
+    assert 10 < parts["valid"]["kept"] < 30
+    stage = reward.Reward(config)
+    stage.start(work_in(tmp_path / "again", {"policy": school / "sft"}))
+    names = {one.name for one in (*stage.train.rankings, *stage.valid.rankings)}
+    assert names == {f"ranking {n} of pairs.jsonl" for n in range(1, 41)} | {
+        f"ranking {n} of more.jsonl" for n in range(1, 21)
+    }
 
 
 def test_a_micro_batch_tells_which_rankings_are_in_it() -> None:
@@ -208,7 +303,7 @@ def test_a_micro_batch_tells_which_rankings_are_in_it() -> None:
     chat, rng = ChatFormat(tokenizer), np.random.default_rng(0)
     given = []
     for number in range(12):
-        replies = tuple(Message("assistant", f"{number}" * rng.integers(1, 9)) for _ in range(3))
+        replies = tuple(Message("assistant", f"{number}" * rng.integers(1, 9) + mark) for mark in "abc")
         ranks = (1.0, 1.0, 1.0) if number % 4 == 1 else tuple((rng.permutation(3) + 1.0).tolist())
         given.append(Ranking(Conversation((Message("user", f"{number}?"),)), replies, ranks, origin="rule"))
     stage = reward.Reward(reward.RewardConfig(batch_prompts=4, micro_tokens=200))
@@ -224,17 +319,120 @@ def test_a_micro_batch_tells_which_rankings_are_in_it() -> None:
         assert row["text"] == tokenizer.decode(ids, keep_special=True) and row["rank"] == ranking.ranks[response]
 
 
+# ---------------------------------------------------------------- ensembles
+
+TRIO = reward.RewardConfig(members=3, aggregate="min", batch_prompts=4)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_member_is_what_it_would_be_alone_and_the_score_is_made_of_theirs(school: Path, tmp_path: Path) -> None:
+    report = reward.run(TRIO, school_work(school, tmp_path / "trio"))
+    folder = tmp_path / "trio" / "checkpoint"
+    seed = mix_seed(0, 2)
+    alone = reward.run(replace(TRIO, members=1), school_work(school, tmp_path / "alone", seed))
+    own = tensors(tmp_path / "alone" / "checkpoint")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in tensors(folder / "member-2").items())
+    assert report["members"][1]["accuracy_noisy"] == alone["accuracy_noisy"]
+    assert not torch.equal(tensors(folder)["score.weight"], own["score.weight"])
+    assert report["tokens"] == 3 * alone["tokens"] and report["line"].startswith("3 members, min: ")
+
+    judge = reward.RewardModel.load(folder)
+    assert [*judge.modules()] == ["reward", "reward_2", "reward_3"]
+    chat = ChatFormat(judge.tokenizer)
+    rows = encode_rankings(read_rankings(school / "rankings" / "valid.jsonl"), chat).rankings
+    flat = [row for one in rows for row in one.rows]
+    scores = torch.tensor(judge.score([row[:3] for row in flat], [row[3:] for row in flat]), dtype=torch.float64)
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(scores.std(unbiased=False)) == pytest.approx(1.0, abs=1e-5)
+    singles = []
+    for number, place in enumerate(("member-2", "member-3", "."), 2):
+        one = reward.RewardModel.load(folder / place)
+        one = replace(one, others=[], ensemble=Ensemble()) if place == "." else one
+        singles.append(one.score([row[:3] for row in flat], [row[3:] for row in flat]))
+        assert number <= 4 and np.mean(singles[-1]) == pytest.approx(0.0, abs=1e-5)  # each is normalised by itself
+    least = torch.tensor(singles, dtype=torch.float64).amin(0)
+    torch.testing.assert_close(scores, (least - least.mean()) / least.std(unbiased=False), atol=1e-4, rtol=0)
+    # the report's margins are those of the combined score, in units of training
+    margins = [float(scores[i] - scores[i + 1]) for i in range(0, len(flat), 2)]
+    assert report["accuracy_noisy"] == np.mean([margin > 0 for margin in margins])
+
+
+def test_an_ensemble_that_was_stopped_goes_on_with_the_member_at_hand(
+    school: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = reward.run(TRIO, school_work(school, tmp_path / "straight"))
+    real, trained = reward.run_stage, []
+
+    def stops(stage: reward.Reward, work: Work) -> dict[str, Any]:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(work.folder.path.name)
+        return real(stage, work)
+
+    monkeypatch.setattr(reward, "run_stage", stops)
+    with pytest.raises(KeyboardInterrupt):
+        reward.run(TRIO, school_work(school, tmp_path / "stopped"))
+    monkeypatch.setattr(reward, "run_stage", real)
+    again = reward.run(TRIO, school_work(school, tmp_path / "stopped"))
+    assert trained == ["stopped", "member-2"]
+    for name in ("accuracy_noisy", "reward_scale", "ensemble", "disagreement", "margins"):
+        assert again[name] == straight[name]
+    for place in (".", "member-2", "member-3"):
+        one, other = (tensors(tmp_path / run / "checkpoint" / place) for run in ("straight", "stopped"))
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class OnePolicy(InMemory):
+    """Members begin from the same policy, each with a head of its own, as they do from a checkpoint."""
+
+    def start(self, work: Work) -> None:
+        decoder = Decoder(SPEC, torch.Generator().manual_seed(99))
+        head = torch.Generator().manual_seed(self.init_seed)
+        self.begin(ScoreModel(decoder, head), *self.given, CHAT, seed=work.seed)
+
+
+@pytest.mark.slow
+def test_members_disagree_on_what_training_never_showed(tmp_path: Path) -> None:
+    """Trained on tokens 10 to 20; asked about responses of these, of these again (the control), and of tokens 21 to 31."""
+    unknown, again = [], []
+    for seed in range(5):
+        given, valid = (rule_pairs(n, seed + n, flipped=0.1, tokens=(10, 21)) for n in (1600, 50))
+        members = []
+        for number in range(4):
+            folder = tmp_path / f"{seed} {number}"
+            train(OnePolicy(LEARNING, given, valid, number), folder, number)
+            members.append(reward.RewardModel.load(folder / "checkpoint"))
+
+        def spread(tokens: tuple[int, int], draw: int, members: list[reward.RewardModel] = members) -> float:
+            rows = [row for one in rule_pairs(100, draw, flipped=0.0, tokens=tokens) for row in one.rows]
+            scores = [one.score([row[:1] for row in rows], [row[1:] for row in rows]) for one in members]
+            return float(np.std(np.array(scores, dtype=float), axis=0).mean())
+
+        inside = spread((10, 21), 1000)
+        unknown.append(spread((21, 32), 3000) / inside)
+        again.append(spread((10, 21), 2000) / inside)
+    print(f"spread among members, as a multiple: unknown tokens {unknown}, known ones again {again}")
+    assert np.mean(unknown) > 1.3 and min(unknown) > 1.1
+    assert np.mean(again) == pytest.approx(1.0, abs=0.15)
+
+
 # ---------------------------------------------------------------- learning
 
 
-def rule_pairs(count: int, seed: int, *, flipped: float) -> list[EncodedRanking]:
+LEARNING = reward.RewardConfig(epochs=1, batch_prompts=32, lr=3e-3, micro_tokens=4096)
+
+
+def rule_pairs(count: int, seed: int, *, flipped: float, tokens: tuple[int, int] = (10, 32)) -> list[EncodedRanking]:
     """Pairs of which one response has GOOD somewhere; exactly the stated share is ranked the wrong way round."""
     rng = np.random.default_rng(seed)
     wrong = rng.permutation(count) < flipped * count
     made = []
     for i in range(count):
-        prompt = rng.integers(10, 32, 3).tolist()
-        good, bad = (rng.integers(10, 32, rng.integers(3, 7)).tolist() for _ in range(2))
+        prompt = rng.integers(*tokens, 3).tolist()
+        good, bad = (rng.integers(*tokens, rng.integers(3, 7)).tolist() for _ in range(2))
         good[rng.integers(len(good))] = GOOD
         ranks = (2.0, 1.0) if wrong[i] else (1.0, 2.0)
         made.append(EncodedRanking([prompt + good + [END], prompt + bad + [END]], ranks, None, {"clean_ranks": [1, 2]}))
@@ -242,9 +440,8 @@ def rule_pairs(count: int, seed: int, *, flipped: float) -> list[EncodedRanking]
 
 
 def learn(folder: Path, seed: int, *, flipped: float, pairs: int) -> dict[str, Any]:
-    config = reward.RewardConfig(epochs=1, batch_prompts=32, lr=3e-3, micro_tokens=4096)
     data = rule_pairs(pairs, 10 + seed, flipped=flipped)
-    return train(InMemory(config, data, rule_pairs(600, 1000 + seed, flipped=0.1), seed), folder, seed)
+    return train(InMemory(LEARNING, data, rule_pairs(600, 1000 + seed, flipped=0.1), seed), folder, seed)
 
 
 def test_noisy_rule_is_learned(tmp_path: Path) -> None:
@@ -262,3 +459,45 @@ def test_noisy_rule_is_learned_and_calibrated_and_shuffled_labels_are_not(tmp_pa
     assert (
         abs(control["accuracy_clean"] - 0.5) < 0.25
     )  # one learned direction decides most pairs: 0.45 to 0.71 over six seeds
+
+
+def graded_rankings(count: int, responses: int, seed: int, noise: float) -> list[EncodedRanking]:
+    """Rankings by how often GOOD stands in a response, as seen by somebody whose eye adds normal noise."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt = rng.integers(10, 32, 3).tolist()
+        numbers = rng.permutation(responses)
+        rows = []
+        for number in numbers:
+            response = rng.integers(10, 32, 8)
+            response[rng.permutation(8)[:number]] = GOOD
+            rows.append([*prompt, *response.tolist(), END])
+        seen = numbers + noise * rng.normal(size=responses)
+        made.append(EncodedRanking(rows, tuple((np.argsort(np.argsort(-seen)) + 1.0).tolist()), None, {}))
+    return made
+
+
+@pytest.mark.slow
+def test_k_wise_is_not_worse_than_shuffled_pairs_and_reads_a_fraction_of_the_rows(tmp_path: Path) -> None:
+    """Two epochs over the same rankings of six, K-wise and as pairs that are shuffled over the whole set."""
+    losses: dict[str, list[float]] = {"k-wise": [], "pairs": []}
+    rows: dict[str, int] = {}
+    for seed in range(5):
+        given, valid = graded_rankings(60, 6, seed, 1.0), graded_rankings(100, 6, 100 + seed, 1.0)
+        pairs = [
+            EncodedRanking([one.rows[i], one.rows[j]], (1.0, 2.0), None, {})
+            for one in given
+            for i, j in agreement.decided(one.ranks)
+        ]
+        # a step holds as many pairs either way: 4 prompts of 15 pairs, or 60 pairs
+        for name, data, size in (("k-wise", given, 4), ("pairs", pairs, 60)):
+            config = replace(LEARNING, epochs=2, batch_prompts=size)
+            stage = InMemory(config, data, valid, seed)
+            stage.start(work_in(tmp_path / f"{name} {seed}"))
+            rows[name] = sum(len(batch.lengths_B) for step in stage.steps(0) for batch in step.micro_batches)
+            result = train(stage, tmp_path / f"{name} {seed}", seed)
+            losses[name].append(result["final"]["valid/loss"])
+    print({name: [round(loss, 4) for loss in values] for name, values in losses.items()}, rows)
+    assert rows["k-wise"] * 5 == rows["pairs"] == 2 * 60 * 15 * 2
+    assert np.mean(losses["k-wise"]) <= np.mean(losses["pairs"]) + 0.005
+    assert max(losses["k-wise"]) < math.log(2) - 0.1  # and it has learned: a judge that knows nothing has log 2

@@ -128,6 +128,24 @@ def test_ties_make_no_pair_and_a_prompt_of_ties_no_loss() -> None:
     assert len(nothing) == 0 and policy.ranking_loss(tensor(1.0, 2.0), nothing).item() == 0
 
 
+def test_ties_make_half_a_pair_where_asked() -> None:
+    rank, group = tensor(1, 2, 2, 5, 5), torch.tensor([0, 0, 0, 1, 1])
+    pairs = policy.ranking_pairs(rank, group, ties=True)
+    assert sorted(zip(pairs.better_P.tolist(), pairs.worse_P.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2), (3, 4)]
+    assert pairs.num_groups == 2 and pairs.weight_P.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+    # of a tie's two scores a half label is least where they are equal, whichever of them is called better
+    gap = tensor(0.6, -0.6).requires_grad_()
+    policy.pair_loss(gap, probability_P=tensor(0.5, 0.5)).sum().backward()
+    pull = 0.5 - 1 / (1 + math.exp(0.6))
+    assert gap.grad is not None and gap.grad.tolist() == pytest.approx([pull, -pull])
+
+
+def test_a_margin_can_be_each_pairs_own() -> None:
+    gap, own = tensor(0.7, 0.7), tensor(0.0, 1.0)
+    one_by_one = [policy.pair_loss(gap[i : i + 1], required_margin=float(own[i])).item() for i in range(2)]
+    assert policy.pair_loss(gap, required_margin=own).tolist() == one_by_one
+
+
 def test_soft_label_is_the_expected_loss_and_margin_shifts_the_gap() -> None:
     gap = tensor(0.7)
     win, lose = math.log(1 + math.exp(-0.7)), math.log(1 + math.exp(0.7))
