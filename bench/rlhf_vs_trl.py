@@ -21,8 +21,8 @@ recomputed layer by layer), and tuned for a CPU: nothing recomputed, micro-batch
     ppo      samples a second: reward model, critic and reference
 
 Of sft, reward and dpo the batches are the same row by row, and the largest difference of the losses is told: ours is the
-same mathematics or it is nothing. A speed is the median over rounds of a turn's median iteration; the first two
-iterations do not count. A busy machine is refused. What it is not: a test of what is learned (but for `--learn`).
+same mathematics or it is nothing. A speed is the median over rounds of a turn's median iteration; the first
+iteration does not count. A busy machine is refused. What it is not: a test of what is learned (but for `--learn`).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def measure(kind: str, folder: Path, size: Size, options: argparse.Namespace) ->
     (folder / f"{kind}.json").write_text(json.dumps(list(rows_for_trl(kind, folder, size))))
     started: dict[str, Worker] = {}
     for name, python in reversed(sides(kind, options).items()):
-        job = {"kind": kind, "rows": options.trl_rows, "seed": 0, "rate": RATE.get(kind, 1e-4), "warm": 2}
+        job = {"kind": kind, "rows": options.trl_rows, "seed": 0, "rate": RATE.get(kind, 1e-4), "warm": 1}
         if name == "lyceum":  # last and alone, since what it does before its first step is measured
             for other in started.values():
                 other.ready()

@@ -363,8 +363,9 @@ class OnPolicy(Stage[Batch]):
 
     @property
     def is_single(self) -> bool:
-        """Whether an iteration is one update without a critic: then the policy that sampled is the one that is updated."""
-        return self.config.epochs * self.config.minibatches == 1 and self.algorithm.advantage != "gae"
+        """Whether no advantage depends on the log-probabilities, and an iteration is one update, of the policy that sampled."""
+        depends = self.algorithm.advantage == "gae" or self.algorithm.kl == "reward"
+        return self.config.epochs * self.config.minibatches == 1 and not depends
 
     @property
     def has_kl_term(self) -> bool:

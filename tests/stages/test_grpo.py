@@ -29,12 +29,14 @@ from on_policy_toy import (
 from lyceum import dist
 from lyceum.corpus.records import Conversation, Message, write_records
 from lyceum.errors import RunError, TrainingError
+from lyceum.model.branches import Branches
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.lora import LoraLinear
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.stages import grpo
 from lyceum.stages.grpo import WITHOUT_CRITIC, GRPOConfig
+from lyceum.stages.onpolicy import OnPolicy
 from lyceum.tokens.tokenizer import Tokenizer
 
 SMALL = GRPOConfig(
@@ -136,6 +138,39 @@ def test_first_pass_is_the_sampling_policy_and_the_reference_for_every_preset(na
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5) and abs(second["objective/kl"]) > 1e-6
     assert ("loss/kl" in first) == (name in ("grpo", "dr_grpo", "reinforce++_baseline"))
     assert "loss/value" not in first and "val/var_explained" not in first
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce++_baseline", "rloo"])
+def test_shared_prompts_and_the_pass_that_is_left_out_change_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, algorithm=name, group_size=6, kl_beta=0.5)
+    results = []
+    for way in ("plain", "fast"):
+        with monkeypatch.context() as patch:
+            if way == "plain":
+                patch.setattr(Branches, "of", staticmethod(lambda *given: None))
+                patch.setattr(OnPolicy, "is_single", property(lambda stage: False))
+            stage = GroupToy(config, model=small_policy().double())
+            train(stage, tmp_path / way)
+            results.append((weights(stage), lines(tmp_path / way)))
+    (plain, plain_lines), (fast, fast_lines) = results
+    for one, other in zip(plain, fast, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    for one, other in zip(plain_lines, fast_lines, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_a_prompts_replies_stand_together_and_it_is_read_once() -> None:
+    stage, seen = begun(replace(SMALL, group_size=6, micro_tokens=100)), []
+    rollout, alive = stage.collect()
+    stage.policy.register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
+    parts = stage.episodes(rollout, alive.nonzero().flatten(), 0)
+    for part in parts:
+        assert sorted(part.group_B.tolist()) == sorted(g for g in set(part.group_B.tolist()) for _ in range(6))
+        stage.loss(part)
+    rows = sum(part.tokens_BT.numel() for part in parts)
+    assert sum(seen) == rows - 4 * 5 * 2  # of each of the four prompts of two tokens, five copies less
 
 
 @pytest.mark.parametrize("name", WITHOUT_CRITIC)
