@@ -184,7 +184,7 @@ def open_session(
     if loaded.tokenizer is None:
         raise CheckpointError(f"{choice.checkpoint} has no tokenizer", hint="add its tokenizer.json")
     format = ChatFormat(loaded.tokenizer)
-    engine = Engine(loaded.model, max_batch=1, token_bytes=loaded.tokenizer.token_bytes)
+    engine = Engine(loaded.model, max_batch=1, token_bytes=loaded.tokenizer.token_bytes, guess=True)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop_ids=format.stop_ids)
     if book is None:
         return Session(engine, format, params=params), loaded.info

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lyceum.engine.adjust import Adjustment
 from lyceum.engine.cache import MIN_REUSE, Cache, Stretch, most_tokens, num_shared
 from lyceum.engine.constrain import Forms
-from lyceum.engine.lookup import Lookup, guesses, verified
+from lyceum.engine.guess import Guesser, guesses, verified
 from lyceum.engine.sampling import PLAIN, SamplingParams
 from lyceum.engine.scheduler import Scheduler
 from lyceum.engine.score import Place, encode_rows, score_rows, score_tokens
@@ -54,7 +54,7 @@ class Engine:
     machine's). batch_invariant: a reply does not depend on batch mates in its last bit; every sequence then passes alone,
     and nothing is reused. pack: run a packed copy of the weights. half: while decoding, weights of large matrices are
     rounded to 16 bits, which is up to three times as fast on a CPU (`lyceum.model.product`); scores are the model's own.
-    guess: guess tokens that stood here before, check them in one pass (`lyceum.engine.lookup`). checks: of the books, for tests.
+    guess: guess tokens that stood here before, check them in one pass (`lyceum.engine.guess`). checks: of the books, for tests.
     """
 
     model: Any
@@ -144,7 +144,7 @@ class Engine:
         number = next(self._numbers)
         sequence = Sequence(number, prompt, params, limit, watch, adjustment, key, is_background, processor)
         if self.guess and sequence.is_predictable:
-            sequence.lookup = Lookup()
+            sequence.guesser = Guesser()
         if limit == 0 and not params.prompt_logprobs:
             self._unclaimed.append(sequence.output())
         else:

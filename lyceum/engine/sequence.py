@@ -20,7 +20,7 @@ from lyceum.engine.adjust import Adjustment, adjusted
 from lyceum.engine.sampling import SamplingParams, alternatives, sample, signed64, uniform
 
 if TYPE_CHECKING:
-    from lyceum.engine.lookup import Lookup
+    from lyceum.engine.guess import Guesser
 
 Finish = Literal["stop", "length", "context", "abort"]
 Top = list[tuple[int, float]]  # the most probable tokens with their log-probabilities, best first
@@ -110,7 +110,7 @@ class Sequence:
     """A request: waiting, then running in one row.
 
     tokens: the prompt, then the reply. limit: most reply tokens, by max_tokens and by the context. adjustment: what the
-    request adds to the logits. key: who asks. lookup: its guesses, where it may have some. row: its slot, -1 while it has
+    request adds to the logits. key: who asks. guesser: its guesses, where it may have some. row: its slot, -1 while it has
     none. num_cached: how many of its tokens the slot holds. leader: a running sequence whose slot will hold the first
     num_shared of them too, and which is waited for.
     """
@@ -124,7 +124,7 @@ class Sequence:
     key: str = ""
     is_background: bool = False
     processor: Processor | None = None
-    lookup: Lookup | None = None
+    guesser: Guesser | None = None
     row: int = -1
     num_cached: int = 0
     num_reused: int = 0
@@ -140,7 +140,7 @@ class Sequence:
         # nothing but the most probable token is asked for
         is_plain = not (self.processor or p.is_adjusted or p.forced or p.logprobs or p.top_logprobs)
         self.is_argmax = p.temperature == 0 and is_plain
-        self.is_predictable = not (self.processor or p.is_adjusted or p.forced)  # what is drawn depends on logits alone
+        self.is_predictable = not (self.processor or p.is_adjusted)  # what is drawn depends on logits alone
         self.stop_ids = frozenset(p.stop_ids)
 
     @property

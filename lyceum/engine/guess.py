@@ -12,7 +12,7 @@ because the noise is a function of seed and position.
 It turns itself off: a pass with guesses must bring `PRICE` more tokens than one without, on average, or it rests.
 
 Source: Saxena 2023 (prompt lookup decoding); checking guesses in one pass: Stern et al. 2018 and Leviathan et al. 2023.
-What it is not: a model that drafts; and it does not guess where penalties, a schema or forced tokens shape the next token.
+What it is not: a model that drafts; and it does not guess where penalties or a schema shape the next token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PATIENCE = 2.0  # passes that may be lost before it rests
 REST = 32  # tokens; twice as long each time again
 
 
-class Lookup:
+class Guesser:
     """The guesses of one sequence, and whether they have paid."""
 
     def __init__(self) -> None:
@@ -49,8 +49,13 @@ class Lookup:
         for end in range(self._num_known + 1, len(tokens)):
             self._follows[tuple(tokens[end - SAME : end])] = end
         self._num_known = max(self._num_known, len(tokens) - 1)
-        start = self._follows.get(tuple(tokens[-SAME:]), len(tokens))
-        return tokens[start : start + min(most, self._most)]
+        start = self._follows.get(tuple(tokens[-SAME:]))
+        if start is None:
+            return []
+        found: list[int] = []
+        for place in range(start, start + min(most, self._most)):  # beyond the end: what goes round goes on
+            found.append(tokens[place] if place < len(tokens) else found[place - len(tokens)])
+        return found
 
     def learn(self, num_guessed: int, num_right: int, num_tokens: int) -> None:
         """So many of the guesses were right; the sequence has num_tokens now."""
@@ -69,7 +74,9 @@ def guesses(decoding: Many[Sequence]) -> list[list[int]]:
     found = []
     for sequence in decoding:
         room = sequence.num_promised - len(sequence.tokens) - 1  # the pass draws one more than it guesses
-        found.append(sequence.lookup.guess(sequence.tokens, room) if sequence.lookup is not None and room > 0 else [])
+        if len(sequence.tokens) - sequence.num_prompt < len(sequence.params.forced):
+            room = 0
+        found.append(sequence.guesser.guess(sequence.tokens, room) if sequence.guesser is not None and room > 0 else [])
     return found if any(found) else []
 
 
@@ -93,6 +100,6 @@ def verified(
             num_right += 1
         kept += range(start, start + num_right + 1)
         start += len(guess) + 1
-        if guess and sequence.lookup is not None:
-            sequence.lookup.learn(len(guess), num_right, len(sequence.tokens) + num_right + 1)
+        if guess and sequence.guesser is not None:
+            sequence.guesser.learn(len(guess), num_right, len(sequence.tokens) + num_right + 1)
     return [places[i][0] for i in kept], tuple([part[i] for i in kept] for part in drawn)  # type: ignore[return-value]
