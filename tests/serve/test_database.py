@@ -51,14 +51,18 @@ def test_a_database_of_version_1_with_conversations_in_it_is_migrated(place: str
     old = Database.open(place, migrations=MIGRATIONS[:1])
     with old.writing() as connection:
         connection.execute(insert(CONVERSATIONS).values(CONVERSATION))
-        connection.execute(text(f"INSERT INTO messages ({', '.join(MESSAGE)}) VALUES (:{', :'.join(MESSAGE)})"), MESSAGE)
+        connection.execute(
+            text(f"INSERT INTO messages ({', '.join(MESSAGE)}) VALUES (:{', :'.join(MESSAGE)})"), MESSAGE
+        )
     assert old.version() == 1
     old.close()
 
     store = Store.open(place)
     assert store.database.version() == len(MIGRATIONS) > 1
     assert [one.title for one in store.latest("alice")] == ["Teezeit"]
-    assert [hit.message for hit in store.search("alice", "天气")] == ["m"]  # what the new version brought, over the old text
+    assert [hit.message for hit in store.search("alice", "天气")] == [
+        "m"
+    ]  # what the new version brought, over the old text
     assert [hit.conversation for hit in store.search("alice", "teezeit")] == ["c"]
     store.close()
 
