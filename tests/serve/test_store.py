@@ -213,6 +213,21 @@ def test_anothers_things_are_as_if_they_did_not_exist(store: Store) -> None:
     assert store.thread("alice", chat.id) == before
 
 
+@pytest.mark.parametrize("owner", ["", "a\0", "a\ud800", "\ud83d\ude00"])
+def test_an_owner_whose_name_would_be_taken_for_anothers_is_refused(store: Store, owner: str) -> None:
+    chat = store.new(storable(owner) or "alice")
+    for attempt in (
+        lambda: store.new(owner),
+        lambda: store.latest(owner),
+        lambda: store.thread(owner, chat.id),
+        lambda: store.search(owner, "x"),
+        lambda: store.judgements.of(owner),
+        lambda: store.keys.make("laptop", scopes=("models",), owner=owner or "\0"),
+    ):
+        with pytest.raises(StoreError, match="cannot be an owner"):
+            attempt()
+
+
 def test_a_parent_in_another_conversation_of_ones_own_is_refused(store: Store) -> None:
     one, other = store.new("alice"), store.new("alice")
     said = store.say("alice", one.id, None, "user", "x")
@@ -367,7 +382,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_string_may_stand_anywhere(store: Store, text: str) -> None:
-    owner = text[:100] or "nobody"
+    owner = "alice"
     chat = store.new(owner, title=text, system=text, parameters={text[:50]: text})
     said = store.say(owner, chat.id, None, "user", text, model=text, tool_call_id=text)
     draft = store.answer(owner, chat.id, said.id, model=text)
@@ -380,8 +395,8 @@ def test_any_string_may_stand_anywhere(store: Store, text: str) -> None:
     thread = store.thread(owner, chat.id)
     assert [one.content for one in thread.messages] == [storable(text)] * 2
     assert (thread.about.title, thread.about.system) == (storable(text)[:MAX_TITLE], storable(text))
-    assert thread.about.parameters == {text[:50]: text}  # JSON keeps what text cannot
-    assert judged.text == text + "." and store.judgements.of(owner) == [judged]
+    assert thread.about.parameters == json.loads(json.dumps({text[:50]: text}))  # JSON keeps what text cannot
+    assert judged.text == json.loads(json.dumps(text + ".")) and store.judgements.of(owner) == [judged]
     json.dumps([one.content for one in thread.messages]).encode()
     thread.messages[0].content.encode("utf-8")
 
