@@ -5,6 +5,7 @@
     lyceum plan demo                    what it would take
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
+    lyceum lab overoptimisation         how far a policy may follow a reward model
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
 long as all of Python's start (0.32 s where this takes 0.06). No verb's package is imported before the verb is known.
@@ -94,6 +95,15 @@ def make_parser() -> Parser:
     export.add_argument("-o", "--out", default="", metavar="FILE", help="by default named after the model, here")
     export.add_argument("--stage", default="", help="which section of the run; by default the most schooled")
     export.set_defaults(do=_export)
+
+    lab = _verb(verbs, "lab", "run an experiment on models of its own: overoptimisation")
+    lab.add_argument("experiment", choices=["overoptimisation"], help="which (Gao et al. 2022: gold score against KL)")
+    lab.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="change a setting of the experiment; may be given more than once",
+    )  # fmt: skip
+    lab.add_argument("--out", default="", metavar="DIR", help="its folder (default: runs/lab-overoptimisation)")
+    lab.set_defaults(do=_lab)
 
     for name, kind in KINDS.items():
         verb = _verb(verbs, name, kind.help)
@@ -189,6 +199,12 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{done.path}: {done.num_bytes / 1e6:.1f} MB; tensors: {counts}")
     if done.kept_f16:
         print(f"f16 instead of q8_0, because their rows are no multiple of 32 numbers: {', '.join(done.kept_f16)}")
+
+
+def _lab(args: argparse.Namespace) -> None:
+    from lyceum.cli import lab
+
+    lab.lab(args.experiment, overrides=args.overrides, out=args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lyceum.evals.tasks.tutor import DECLINE, Question, grade
-from lyceum.evals.tutor_table import Outcome, compare, summarise
+from lyceum.evals.tutor_table import Outcome, compare, policies, summarise
 
 KNOWN = Question("What does len do?", "studied", "does", "Return the number of items.", name="len")
 UNKNOWN = Question("What does flurb do?", "made_up", "does", DECLINE, name="flurb")
@@ -44,3 +46,9 @@ def test_difference_is_taken_question_by_question() -> None:
     change = compare("wrong_claim", before, after)
     assert change["difference"] == pytest.approx(-0.75)
     assert change["interval"][0] >= -1.0 and change["interval"][1] <= 0.0
+
+
+def test_every_ppo_section_is_a_row_the_last_one_last() -> None:
+    inputs = {"sft": Path("sft"), "ppo": Path("ppo-3"), "ppo:ppo": Path("ppo"), "ppo:ppo-2": Path("ppo-2")}
+    assert list(policies(inputs).items()) == [(name, Path(name)) for name in ("ppo", "ppo-2", "ppo-3")]
+    assert policies({"ppo": Path("gentle")}) == {"ppo": Path("gentle")}
