@@ -2,6 +2,7 @@
 
     name = "demo"            # the run's folder; by default the file's name
     seed = 1
+    rounds = 2               # rankings and what learns from them once more, of the newest policy: rankings-2, reward-2, ppo-2
 
     [model]                  # the model's shape, read by the stage that makes one
     depth = 4
@@ -28,6 +29,7 @@ This is not a configuration language: no includes, no variables, no expressions.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -176,12 +178,16 @@ class Section:
         name: its folder in the run; the kind, unless the header names another.
         settings: its table as written (overrides in it, defaults not).
         source: the earlier section that ``from = "name"`` asks for; empty for the nearest fitting one.
+        repeats, round: of a later round, the section of the first that it is once more, whose start it shares; rankings
+            share none, since they are drawn from the newest policy.
     """
 
     kind: str
     name: str
     settings: dict[str, Any]
     source: str = ""
+    repeats: str = ""
+    round: int = 1
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: a TOML file.
         overrides: ``section.key=value``, ``model.key=value``, ``seed=1`` or ``name="other"``, each value as in TOML;
-            a bare word counts as text, since shells eat quotes.
+            a bare word counts as text, since shells eat quotes. A section's holds in all its rounds, ``ppo-2.key=value`` in one.
 
     Raises:
         ConfigError: no such file, broken TOML (with its line), a misplaced key, an override that names nothing.
@@ -252,27 +258,37 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} is not valid TOML: {error}", hint="mend that line; https://toml.io shows the syntax"
         ) from None
     headers = _headers(text, tables, path)
-    _apply(overrides, tables, headers)
+    of_one_round = [override for override in overrides if _names_a_later_round(override, headers)]
+    _apply([override for override in overrides if override not in of_one_round], tables, headers)
     for key, value in tables.items():
-        if key not in ("name", "seed") and not isinstance(value, dict):
-            raise ConfigError(f"{path} has no top-level setting {key!r}", hint=did_you_mean(key, ("name", "seed")))
+        if key not in WHOLE and not isinstance(value, dict):
+            raise ConfigError(f"{path} has no top-level setting {key!r}", hint=did_you_mean(key, WHOLE))
     name = _fit(tables.get("name", path.stem), str, f"{path}: name")
     if not re.fullmatch(r"[\w][\w.+-]*", name):
         raise ConfigError(
             f"{path}: name is {name!r}", hint="the name becomes a folder: letters, digits, '-', '_' and '.'"
         )
+    rounds = _fit(tables.get("rounds", 1), int, f"{path}: rounds")
+    _check_bounds(rounds, {"low": 1}, f"{path}: rounds")
+    sections = _in_rounds(tuple(_sections(tables, headers, path)), rounds, path)
+    _apply(of_one_round, {s.name: s.settings for s in sections}, [(s.name,) for s in sections])
     return Recipe(
         name=name,
         seed=_fit(tables.get("seed", 0), int, f"{path}: seed"),
         model=dict(tables.get("model", {})),
-        sections=tuple(_sections(tables, headers, path)),
+        sections=tuple(_with_source(section, path) for section in sections),
         path=path,
         watch=dict(tables.get("watch", {})),
         machine=dict(tables.get("machine", {})),
     )
 
 
+WHOLE = ("name", "seed", "rounds")  # settings of the whole recipe
 TABLES = ("model", "watch", "machine")  # headers that make no section
+# The kinds that `rounds` repeats, with what they do in a later round unless the recipe says otherwise.
+ROUND: dict[str, dict[str, Any]] = {
+    "rankings": {"cumulative": True}, "reward": {}, "preference": {}, "ppo": {}, "grpo": {}
+}  # fmt: skip
 HEADER = re.compile(r"^\s*\[\s*([\w-]+)\s*(?:\.\s*([\w-]+)\s*)?\]", re.MULTILINE)
 
 
@@ -317,6 +333,50 @@ def _sections(tables: Mapping[str, Any], headers: list[tuple[str, ...]], path: P
         yield section
 
 
+def _in_rounds(sections: tuple[Section, ...], rounds: int, path: Path) -> tuple[Section, ...]:
+    """The sections with rankings, and what learns from them, once more for each round after the first, behind it."""
+    if rounds == 1:
+        return sections
+    first = [section for section in sections if section.kind in ROUND]
+    kinds = {section.kind for section in first}
+    if "rankings" not in kinds or not kinds & {"preference", "ppo", "grpo"}:
+        raise ConfigError(
+            f"{path} has rounds = {rounds}, and lacks what a round is made of: rankings, and a policy that learns from them",
+            hint="add [rankings], [reward] and [ppo], or leave rounds out",
+        )
+    later = []
+    for number in range(2, rounds + 1):
+        names = {section.name: f"{section.name}-{number}" for section in first}
+        for section in first:
+            settings = {**ROUND[section.kind], **copy.deepcopy(section.settings)}
+            is_drawn = section.kind == "rankings"  # of the newest policy, wherever the first round drew them
+            source = "" if is_drawn else names.get(section.source, section.source)
+            repeats = "" if is_drawn else section.name
+            later.append(Section(section.kind, names[section.name], settings, source, repeats, number))
+    taken = {section.name for section in sections} & {section.name for section in later}
+    if taken:
+        raise ConfigError(
+            f"{path} has a section {min(taken)!r}, which is what rounds = {rounds} calls one of its own",
+            hint="give it another name",
+        )
+    at = sections.index(first[-1]) + 1
+    return (*sections[:at], *later, *sections[at:])
+
+
+def _names_a_later_round(override: str, headers: list[tuple[str, ...]]) -> bool:
+    """Whether it is ``name-2.key=value``, where the recipe has a section ``name`` and none ``name-2``."""
+    names = {header[-1] for header in headers}
+    name = override.partition("=")[0].partition(".")[0].strip()
+    return name not in names and name.rpartition("-")[0] in names and name.rpartition("-")[2].isdigit()
+
+
+def _with_source(section: Section, path: Path) -> Section:
+    """The section, started from what an override of its round asks for."""
+    if "from" not in section.settings:
+        return section
+    return dataclasses.replace(section, source=_fit(section.settings.pop("from"), str, f"{path}: {section.name} from"))
+
+
 def _apply(overrides: Sequence[str], tables: dict[str, Any], headers: list[tuple[str, ...]]) -> None:
     """Write each ``key=value`` into the tables."""
     by_name = {header[-1]: header for header in headers}
@@ -325,10 +385,8 @@ def _apply(overrides: Sequence[str], tables: dict[str, Any], headers: list[tuple
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
             raise ConfigError(f"--set {override} is no assignment", hint="write --set section.key=value")
-        if len(parts) == 1 and parts[0] not in ("name", "seed"):
-            hint = (
-                f"write --set {parts[0]}.key=value" if parts[0] in by_name else did_you_mean(parts[0], ("name", "seed"))
-            )
+        if len(parts) == 1 and parts[0] not in WHOLE:
+            hint = f"write --set {parts[0]}.key=value" if parts[0] in by_name else did_you_mean(parts[0], WHOLE)
             raise ConfigError(f"--set {override}: the recipe has no top-level setting {parts[0]!r}", hint=hint)
         inside: Any = tables
         if len(parts) > 1:

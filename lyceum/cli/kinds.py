@@ -16,11 +16,15 @@ class Input:
     """A role in a section's work, and the kinds of earlier sections that can play it; the nearest one does.
 
     needed: whether there must be one; or, of the section's settings, whether they ask for one.
+    only_if: a setting without which the role is not played; empty: it always is.
+    every: those before the nearest come too, each in the role "role:name".
     """
 
     role: str
     kinds: tuple[str, ...]
     needed: bool | Callable[[Any], bool] = True
+    only_if: str = ""
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,11 @@ KINDS: dict[str, Kind] = {
         "draw answers and rank them",
         "lyceum.synth.rankings",
         "RankingsConfig",
-        (_from("policy", "sft", "preference", "ppo", "grpo"), _from("lessons")),
+        (
+            _from("policy", "sft", "preference", "ppo", "grpo"),
+            _from("lessons"),
+            Input("earlier", ("rankings",), only_if="cumulative"),
+        ),
     ),
     "reward": Kind(
         "stage 3: learn to tell the better answer",
@@ -126,7 +134,7 @@ KINDS: dict[str, Kind] = {
             _from("base", "pretrain"),
             _from("sft"),
             _from("reward"),
-            _from("ppo"),
+            Input("ppo", ("ppo",), every=True),
         ),
     ),
 }

@@ -12,6 +12,9 @@ sections' folders, or change the seed.
 
 With ``--from S`` nothing before S is run: what the chosen sections start from must be finished and unchanged.
 
+With ``rounds = N`` in the recipe rankings, and what learns from them, come N times (`lyceum.config`), as sections like any
+other: ``rankings-2`` is drawn from the newest policy before it, while ``ppo-2`` starts where ``ppo`` did.
+
 Keys need the stages' settings, and importing the stages takes seconds. A run whose manifest was written from this very
 recipe by this very code has its keys there already: where it is finished, its result is shown at once.
 """
@@ -150,26 +153,38 @@ def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[St
         raise ConfigError(f"{where}: a {section.kind} section starts from no model", hint="leave out 'from'")
     inputs = {}
     for wanted in kind.inputs:
+        if wanted.only_if and not section.settings.get(wanted.only_if):
+            continue
         fitting = [step.name for step in earlier if step.section.kind in wanted.kinds]
         kinds = " or ".join(wanted.kinds)
-        if wanted.role == POLICY and section.source:
-            if (Path(section.source) / "config.json").is_file() and section.source not in fitting:
-                inputs[wanted.role] = str(Path(section.source).resolve())  # a checkpoint from elsewhere
-            elif section.source not in fitting:
+        if wanted.role == POLICY and (source := section.source or _shared_start(section, earlier)):
+            if (Path(source) / "config.json").is_file() and source not in fitting:
+                inputs[wanted.role] = str(Path(source).resolve())  # a checkpoint from elsewhere
+            elif source not in fitting:
                 raise ConfigError(
-                    f"{where}: from = {section.source!r} is no earlier section of kind {kinds}, "
+                    f"{where}: from = {source!r} is no earlier section of kind {kinds}, "
                     "and no folder with a config.json",
-                    hint=did_you_mean(section.source, fitting) or f"add a section of kind {kinds} before it",
+                    hint=did_you_mean(source, fitting) or f"add a section of kind {kinds} before it",
                 )
             else:
-                inputs[wanted.role] = section.source
+                inputs[wanted.role] = source
         elif fitting:
             inputs[wanted.role] = fitting[-1]
+            if wanted.every:
+                inputs |= {f"{wanted.role}:{name}": name for name in fitting[:-1]}
         elif wanted.needed is True or (config is not None and callable(wanted.needed) and wanted.needed(config)):
             raise ConfigError(
                 f"{where} needs an earlier section of kind {kinds}", hint=f"add [{wanted.kinds[0]}] before {where}"
             )
     return inputs
+
+
+def _shared_start(section: Section, earlier: Sequence[Step]) -> str:
+    """What a section of a later round starts from: what it did in the first, or that section's own repetition."""
+    by_name = {step.name: step for step in earlier}
+    start = by_name[section.repeats].inputs.get(POLICY, "") if section.repeats else ""
+    own = f"{start}-{section.round}"
+    return own if own in by_name and by_name[own].section.repeats == start else start
 
 
 def choose(steps: Sequence[Step], first: str = "", last: str = "") -> list[Step]:

@@ -14,18 +14,20 @@ STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lyceum", "font.size": 8, 
          "axes.spines.right": False, "font.family": "sans-serif"}  # fmt: skip
 
 
-def drawn(draw: Callable[[Any], None], title: str, below: str) -> str:
-    """One small plot: `draw` puts lines or bars on the axes that it is given."""
+def drawn(
+    draw: Callable[[Any], None], title: str, below: str, *, size: tuple[float, float] = (3.1, 1.8), font: int = 8
+) -> str:
+    """One plot of `size` inches: `draw` puts lines or bars on the axes that it is given."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(3.1, 1.8), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         draw(axes)
-        axes.set_title(title, loc="left", fontsize=8)
-        axes.set_xlabel(below, fontsize=7)
+        axes.set_title(title, loc="left", fontsize=font)
+        axes.set_xlabel(below, fontsize=font - 1)
         axes.grid(alpha=0.25)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -34,9 +36,22 @@ def drawn(draw: Callable[[Any], None], title: str, below: str) -> str:
     return svg[svg.index("<svg") :]
 
 
-def curve(points: Sequence[tuple[float, float]], title: str, below: str = "step") -> str:
-    """A line through points."""
-    return drawn(lambda axes: axes.plot(*zip(*points, strict=True), linewidth=1.2, color=BLUE), title, below)
+def curve(
+    points: Sequence[tuple[float, float]],
+    title: str,
+    below: str = "step",
+    intervals: Sequence[tuple[float, float]] = (),
+) -> str:
+    """A line through points; with intervals, (low, high) of every point, its points are marked."""
+
+    def draw(axes: Any) -> None:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, linewidth=1.2, color=BLUE, marker="o" if intervals else "", markersize=3)
+        if intervals:
+            axes.vlines(x, *zip(*intervals, strict=True), linewidth=1.0, color=BLUE, alpha=0.6)
+            axes.set_xticks(x)
+
+    return drawn(draw, title, below)
 
 
 def reliability(bins: Sequence[Mapping[str, float]], title: str) -> str:

@@ -205,6 +205,45 @@ def _changes(result: Mapping[str, Any]) -> str:
     return f"<p>PPO minus SFT, question by question, with 95 % intervals:</p><ul>{''.join(items)}</ul>" if items else ""
 
 
+# over rounds: measure of the table -> what is drawn
+OVER_ROUNDS = {
+    "rule_score": "score by the rule",
+    "wrong_claim": "wrong claims",
+    "helpful_f1": "F1, studied objects",
+    "reward": "score by the last reward model",
+    "kl": "KL from SFT, nats an answer",
+}
+
+
+def rounds_of(sections: Mapping[str, str]) -> list[str]:
+    """The PPO sections of a recipe with rounds, in order: ppo, ppo-2, ...; empty for a recipe without."""
+    names = [name for name, kind in sections.items() if kind == "ppo"]
+    is_repeated = len(names) > 1 and names[1:] == [f"{names[0]}-{number + 2}" for number in range(len(names) - 1)]
+    return names if is_repeated else []
+
+
+def _rounds(result: Mapping[str, Any], sections: Mapping[str, str], reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The held-out questions over rounds, 0 being SFT, and how well each round's reward model ordered held-out pairs."""
+    rows = {row["model"]: row for row in result["rows"]}
+    names = rounds_of(sections)
+    shown = [rows[name] for name in ("sft", *names) if name in rows]
+    if len(shown) != len(names) + 1 or not names:
+        return ""
+    plots = []
+    for key, title in OVER_ROUNDS.items():
+        if any(row.get(key) is None for row in shown):
+            continue
+        points = [(float(number), row[key]) for number, row in enumerate(shown)]
+        intervals = [row["intervals"].get(key, (row[key], row[key])) for row in shown]
+        plots.append(curve(points, title, "round", intervals))
+    judges = [report["accuracy_noisy"] for report in reports.values() if "accuracy_noisy" in report]
+    return (
+        f"<h2>Over rounds</h2><div class='plots'>{''.join(plots)}</div><p>Round 0 is SFT; each later one ranks answers of the "
+        "policy before it, trains the reward model on all rankings so far, and PPO again from SFT. Held-out pairs in the ranked "
+        f"order, by each round's reward model on its own rankings: {', '.join(_number(value) for value in judges)}.</p>"
+    )
+
+
 def _open_book(result: Mapping[str, Any]) -> str:
     book = result["open_book"]
     if not book:
@@ -308,6 +347,7 @@ def _page(
     body = [
         f"<h1>{html.escape(result['recipe'])}: a school report</h1><p class='facts'>{html.escape(_facts(result))}</p>",
         "<h2>Held-out questions</h2>" + _table(result) + _changes(result) if result["rows"] else "",
+        _rounds(result, sections, reports),
         _open_book(result),
         *(reward_page.section(name, reports[name]) for name, kind in sections.items() if kind == "reward"),
         _side_by_side(examples),

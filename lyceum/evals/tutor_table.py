@@ -1,4 +1,4 @@
-"""The table of a tutor run: base, SFT, best-of-n by the reward model, and PPO over the same held-out questions.
+"""The table of a tutor run: base, SFT, best-of-n by the reward model, and PPO, of every round, over the same held-out questions.
 
 Every row answers every question once, greedily, but best-of-n, which draws n answers at temperature 1 and keeps the one the
 reward model scores highest. Intervals are bootstrap intervals over questions of this one run; `bench/demo_seeds.py` pools runs
@@ -187,9 +187,9 @@ def few_shot_prompt(chat: ChatFormat, question: str, shots: Sequence[tuple[str, 
 
 
 def side_by_side(
-    exam: Exam, engines: Mapping[str, Engine], question: Question, shots: Sequence[Question]
+    exam: Exam, engines: Mapping[str, Engine], question: Question, shots: Sequence[Question], ppo: str = "ppo"
 ) -> list[dict]:
-    """One prompt through the base model, the base model with a few shots, SFT and PPO."""
+    """One prompt through the base model, the base model with a few shots, SFT and the PPO engine of that name."""
     plain = exam.chat.tokenizer.encode(question.text + "\n")
     room = engines["base"].context_length - exam.config.max_response_tokens
     prompts = [
@@ -202,7 +202,7 @@ def side_by_side(
         ("base", "base", plain),
         ("base, few shots", "base", shown),
         ("SFT", "sft", chat_prompt),
-        ("PPO", "ppo", chat_prompt),
+        ("PPO", ppo, chat_prompt),
     ]
     rows = []
     for title, name, prompt in tries:
@@ -211,43 +211,47 @@ def side_by_side(
     return rows
 
 
+def policies(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Row -> folder of every PPO section, the last one last: "ppo" where there is one, its own name where there are several."""
+    earlier = [folder for role, folder in inputs.items() if role.startswith("ppo:")]
+    return {folder.name: folder for folder in (*earlier, inputs["ppo"])} if earlier else {"ppo": inputs["ppo"]}
+
+
 def run(config: EvalConfig, work: Work) -> dict:
     """Ask the held-out questions of every model of the run; returns the table of `report.json`."""
     path = work.inputs["lessons"] / f"{config.split}.jsonl"
     questions = [Question.from_meta(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if not questions:
         raise DataError("no held-out questions", file=path, hint="raise lessons.held_out")
-    loaded = {name: load_checkpoint(work.inputs[name] / "checkpoint") for name in ("base", "sft", "ppo")}
+    folders = {name: work.inputs[name] for name in ("base", "sft")} | policies(work.inputs)
+    last = next(reversed(folders))
+    loaded = {name: load_checkpoint(folder / "checkpoint") for name, folder in folders.items()}
     chat = ChatFormat(loaded["sft"].tokenizer)
     judge = Judge(work.inputs["reward"] / "checkpoint", config.max_batch)
     exam = Exam(questions, chat, judge, config)
     engines = {name: Engine(item.model, max_batch=config.max_batch, num_kept=0) for name, item in loaded.items()}
     results: dict[str, list[Outcome]] = {}
     best = f"best_of_{config.best_of}"
-    with progress(5, "eval", unit="model") as bar:
-        for name, answer in (
-            ("base", lambda: exam.greedy(engines["base"])),
-            ("sft", lambda: exam.greedy(engines["sft"])),
-            (best, lambda: exam.best_of(engines["sft"])),
-            ("ppo", lambda: exam.greedy(engines["ppo"])),
-        ):
-            results[name] = answer()
+    kls = {"sft": 0.0, best: best_of_n_kl(config.best_of)}
+    with progress(2 * len(engines) - 1, "eval", unit="model") as bar:
+        for name in ("base", "sft", best, *policies(work.inputs)):
+            results[name] = exam.best_of(engines["sft"]) if name == best else exam.greedy(engines[name])
             bar.update(1, rule=sum(o.grade.score for o in results[name]) / len(questions))
-        kl = exam.kl_from(engines["ppo"], engines["sft"])
-        bar.update(1)
+        for name in policies(work.inputs):
+            kls[name] = exam.kl_from(engines[name], engines["sft"])
+            bar.update(1)
     table = [summarise(name, outcomes) for name, outcomes in results.items()]
-    kls = {"sft": 0.0, best: best_of_n_kl(config.best_of), "ppo": kl}
     for row in table:
         row["kl"] = kls.get(row["model"])
     _write_outcomes(work.folder.path, results)
     shots = [q for q in questions if q.cell == "studied" and q.kind == "does"][:4]
     examples = {
         "prompt": shots[0].text if shots else questions[0].text,
-        "models": side_by_side(exam, engines, (shots or questions)[0], shots[1:]),
-        "unchosen": [_shown(outcome) for outcome in results["ppo"][: config.unchosen]],
+        "models": side_by_side(exam, engines, (shots or questions)[0], shots[1:], last),
+        "unchosen": [_shown(outcome) for outcome in results[last][: config.unchosen]],
     }
     write_json(work.folder.path / "examples.json", examples)
-    changes = [compare(name, results["sft"], results["ppo"]) for name in ("wrong_claim", "rule_score", "helpful_f1")]
+    changes = [compare(name, results["sft"], results[last]) for name in ("wrong_claim", "rule_score", "helpful_f1")]
     row = table[-1]
     return {
         "line": f"PPO: F1 {row['helpful_f1']:.2f}, how-to {row['howto_exact']:.2f}, wrong claims {row['wrong_claim']:.2f} "
@@ -255,7 +259,7 @@ def run(config: EvalConfig, work: Work) -> dict:
         "rows": table,
         "ppo_minus_sft": changes,
         "open_book": open_book.report(
-            {name: engines[name] for name in ("sft", "ppo")},
+            {"sft": engines["sft"], "ppo": engines[last]},
             chat,
             exam.params(),
             lessons=work.inputs["lessons"],

@@ -6,20 +6,26 @@ fine-tuned model at temperature 1 and the rest from an earlier checkpoint of it,
 (`meta.clean_ranks` keeps the rule's own). A prompt whose answers all came out the same, or all score the same, carries no
 preference: it is left out and counted.
 
+In a later round (Ouyang et al. 2022, 3.1: steps two and three can be iterated) most answers are the newest policy's, the others
+those of the model it started from. With `cumulative` the rankings of the section before come first, so that the reward model is
+trained on all comparisons so far (Stiennon et al. 2020, 3.1: re-trained on the cumulative data): one that has seen the newest
+policy's answers alone forgets what was wrong with the earlier ones. A prompt that was held out before stays held out.
+
 Writes `train.jsonl` and `valid.jsonl` (split by prompt). Run by `lyceum rankings RECIPE`. Not a substitute for people: the
 rule knows the reference answers.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 
 from lyceum.config import setting
-from lyceum.corpus.records import Conversation, Message, Ranking, read_conversations, write_records
+from lyceum.corpus.records import Conversation, Message, Ranking, read_conversations, read_rankings, write_records
 from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
@@ -31,6 +37,8 @@ from lyceum.run import Work, checkpoint_in
 from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
+PARTS = ("train", "valid")
+SHAPED = ("ppo", "grpo", "preference")  # stages whose policy has learned what is liked
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class RankingsConfig:
         0.1, "share of prompts whose order is reversed, as labelers disagree", low=0, high=1
     )
     valid_share: float = setting(0.2, "share of prompts kept for validation", low=0, high=0.9)
+    cumulative: bool = setting(False, "begin with the rankings of the rankings section before; rounds set it")
     max_batch: int = setting(128, "answers drawn at once", low=1)
 
 
@@ -151,11 +160,31 @@ def rank_by_rule(prompt: Conversation, answers: Sequence[Answer], *, reverse: bo
 
 
 def earlier_checkpoint(section: Path) -> Path:
-    """The first snapshot of a fine-tuning section."""
+    """The first snapshot of the section; without one, what a policy that learned from rewards or preferences started from."""
     snapshots = sorted(section.glob("snapshot-*"))
-    if not snapshots:
-        raise RunError(f"{section.name} has no earlier checkpoint", hint="set snapshots = [0.3] in its recipe section")
-    return snapshots[0]
+    if snapshots:
+        return snapshots[0]
+    own = checkpoint_in(section)
+    note = own / "lyceum.json"
+    info = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    start = own.parent.parent / str(info.get("parent"))
+    if info.get("stage") in SHAPED and (start / "config.json").is_file():
+        return start
+    raise RunError(f"{section.name} has no earlier checkpoint", hint="set snapshots = [0.3] in its recipe section")
+
+
+def rankings_before(folder: Path) -> dict[str, list[Ranking]]:
+    """Part -> the rankings of another section, each with the section that drew it first in `meta.section`."""
+    found: dict[str, list[Ranking]] = {}
+    for part in PARTS:
+        path = folder / f"{part}.jsonl"
+        rows = read_rankings(path) if path.stat().st_size else ()
+        found[part] = [replace(r, meta={"section": folder.name, **r.meta}) for r in rows]
+    return found
+
+
+def _asked(prompt: Conversation) -> str:
+    return json.dumps([message.to_json() for message in prompt.messages], sort_keys=True)
 
 
 def run(config: RankingsConfig, work: Work) -> dict:
@@ -175,11 +204,14 @@ def run(config: RankingsConfig, work: Work) -> dict:
     engines = [Engine(model, max_batch=config.max_batch, num_kept=0) for model in models]
     answers = draw_distinct(engines, chat, prompts, config, work.seed)
     chance = random.Random(f"{work.seed} rankings")
-    rankings = {"train": [], "valid": []}  # type: dict[str, list[Ranking]]
+    before = rankings_before(work.inputs["earlier"]) if config.cumulative else {part: [] for part in PARTS}
+    part_of = {_asked(ranking.prompt): part for part in PARTS for ranking in before[part]}
+    rankings: dict[str, list[Ranking]] = {part: [] for part in PARTS}
     single = tied = turned = 0
     for prompt, found in zip(conversations, answers, strict=True):
         reverse = chance.random() < config.reversed_share
-        part = "valid" if chance.random() < config.valid_share else "train"
+        drawn = "valid" if chance.random() < config.valid_share else "train"
+        part = part_of.get(_asked(prompt), drawn)
         if len(found) < 2:
             single += 1
             continue
@@ -192,13 +224,15 @@ def run(config: RankingsConfig, work: Work) -> dict:
     if not rankings["train"]:
         raise DataError("no prompt has two answers that the rule tells apart", hint="raise rankings.temperature")
     for part, rows in rankings.items():
-        write_records(work.folder.path / f"{part}.jsonl", rows)
+        write_records(work.folder.path / f"{part}.jsonl", [*before[part], *rows])
     kept = rankings["train"] + rankings["valid"]
+    num_before = sum(map(len, before.values()))
     return {
         "line": f"{len(kept)} rankings of {sum(len(r.responses) for r in kept) / len(kept):.1f} answers; "
-        f"left out {single} with one distinct answer and {tied} all tied; {turned} reversed",
-        "train": len(rankings["train"]),
-        "valid": len(rankings["valid"]),
+        f"left out {single} with one distinct answer and {tied} all tied; {turned} reversed"
+        + (f"; after {num_before} of rounds before" if num_before else ""),
+        **{part: len(rankings[part]) for part in PARTS},
+        **{f"{part}_before": len(before[part]) for part in PARTS},
         "one_answer": single,
         "all_tied": tied,
         "reversed": turned,

@@ -114,3 +114,23 @@ def test_people_are_not_said_to_be_a_rule(finished_run: tuple[Path, Recipe]) -> 
     report.build(folder, people)
     page = (folder / "report.html").read_text()
     assert "not by people" not in page and "1.20 million parameters" in page and "None" not in page
+
+
+def test_rounds_are_drawn_over_the_held_out_questions_with_their_intervals(finished_run: tuple[Path, Recipe]) -> None:
+    folder, recipe = finished_run
+    report.build(folder, recipe)
+    assert "Over rounds" not in (folder / "report.html").read_text()
+    more = (Section("ppo", "ppo", {}), Section("ppo", "ppo-2", {}))
+    rounds = replace(recipe, sections=(*recipe.sections, *more))
+    measured = json.loads((folder / "eval" / "report.json").read_text())
+    measured["rows"] = [
+        {"model": name, **ROW, "helpful_f1": 0.4 + number / 10, "kl": number}
+        for number, name in enumerate(("sft", "ppo", "ppo-2"))
+    ]
+    (folder / "eval" / "report.json").write_text(json.dumps(measured))
+    report.build(folder, rounds)
+    page = (folder / "report.html").read_text()
+    shown = page[page.index("Over rounds") : page.index("The stages")]
+    assert shown.count("<svg") == 3 and "KL from SFT" in shown and "wrong claims" in shown  # no rule_score, no reward
+    assert "each round's reward model on its own rankings: 0.80" in shown
+    assert report.rounds_of({"ppo": "ppo", "gentle": "ppo"}) == []  # two PPO sections are no rounds

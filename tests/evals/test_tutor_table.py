@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lyceum.evals.tasks.tutor import DECLINE, Question, grade
-from lyceum.evals.tutor_table import Judge, Outcome, compare, summarise
+from lyceum.evals.tutor_table import Judge, Outcome, compare, policies, summarise
 from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.ensemble import Ensemble, join_members
 from lyceum.model.heads import ScoreModel
@@ -66,3 +66,9 @@ def test_the_examination_scores_with_every_member_of_an_ensemble(tmp_path: Path)
     for place in ("0", "both"):
         expected = RewardModel.load(tmp_path / place).score(prompts, responses)
         assert Judge(tmp_path / place, 8).score(rows) == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_ppo_section_is_a_row_the_last_one_last() -> None:
+    inputs = {"sft": Path("sft"), "ppo": Path("ppo-3"), "ppo:ppo": Path("ppo"), "ppo:ppo-2": Path("ppo-2")}
+    assert list(policies(inputs).items()) == [(name, Path(name)) for name in ("ppo", "ppo-2", "ppo-3")]
+    assert policies({"ppo": Path("gentle")}) == {"ppo": Path("gentle")}

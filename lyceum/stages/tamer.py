@@ -1,0 +1,267 @@
+"""TAMER+RL: PPO beside a trainer who presses keys while replies are shown.
+
+The papers: W. B. Knox and P. Stone, "Combining manual feedback with subsequent MDP reward signals for reinforcement learning"
+(2010) and "Reinforcement learning from simultaneous human and MDP reward" (2012). Of their eight ways to combine a learned human
+reward H with a task's, two stand here, each with a weight that fades from iteration to iteration:
+
+    reward shaping      R'(s, a) = R(s, a) + B H(s, a): H is a dense reward beside the score (dense_coef, dense_decay)
+    action biasing      actions are drawn as if Q(s, a) + B H(s, a): from softmax(logits + B H)   (bias, bias_decay)
+
+The second is what they recommend: it changes where the policy looks and not what is right, so a trainer who errs costs
+time, not the optimum. H is `lyceum.engine.tamer.Human` over the policy's own hidden vectors; it learns from every iteration's
+presses, a reply's tokens being shown at a steady pace, and is then asked about the same replies.
+
+H being linear in the vector that makes the logits, the bias is an addition to the output matrix: the sampler needs no hook, and
+the log-probabilities that PPO learns from are those of what really drew. What acts is what learns, so its checks hold: the
+first ratio is 1, the sampler's log-probabilities are the training graph's, and the KL is that of what was shown. What is saved is
+the policy without the bias; let `bias_decay` take it to nothing before the end.
+
+Deviations, each with its reason:
+- Knox and Stone bias a greedy choice over Q; a language model samples from logits, which stand in Q's place.
+- They fade B by the credit each feature has had; here it fades by iteration, alike for all.
+
+Used from Python: `TamerPPO(config, reward, trainer)`; a recipe's [ppo] has `dense`. What it is not: a page with keys to press.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lyceum import dist
+from lyceum.batches.pack import bucket, pad
+from lyceum.batches.pairs import Prompts
+from lyceum.config import setting
+from lyceum.engine.engine import Engine
+from lyceum.engine.tamer import Delay, Human, Press, Shown, credited
+from lyceum.model.transformer import Decoder
+from lyceum.stages.ppo import PPO, PPOConfig
+from lyceum.stages.rewards import Ids, RewardSource, Score
+from lyceum.stages.rollouts import Rollout
+from lyceum.train import policy as algebra
+
+# (prompts, responses, meta), the tokens of a response shown one after the other from second 0 -> presses on each response
+Trainer = Callable[[Sequence[Ids], Sequence[Ids], Sequence[dict[str, Any]]], Sequence[Sequence[Press]]]
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class TamerConfig(PPOConfig):
+    """Settings of PPO beside a trainer; `dense_coef` and `dense_decay` weigh the learned human reward."""
+
+    tokens_per_s: float = setting(4.0, "tokens shown in a second", low=0.01)
+    delay_low_s: float = setting(0.2, "shortest time from seeing to pressing", low=0.0)
+    delay_high_s: float = setting(0.8, "longest", low=0.0)
+    bias: float = setting(1.0, "weight of the human reward where tokens are drawn; 0 = none", low=0.0)
+    bias_decay: float = setting(0.9, "what that weight is multiplied by after each iteration", low=0.0, high=1.0)
+    human_rate: float = setting(0.5, "step of the human reward's regression", low=0.0, high=1.0)
+    human_passes: int = setting(20, "steps of it an iteration", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Delay(self.delay_low_s, self.delay_high_s)
+
+
+# ---------------------------------------------------------------- trainers
+
+
+def shown_at(num_tokens: int, tokens_per_s: float) -> list[Shown]:
+    """The seconds in which each token of a reply is the newest one shown."""
+    return [(i / tokens_per_s, (i + 1) / tokens_per_s) for i in range(num_tokens)]
+
+
+def nobody(prompts: Sequence[Ids], responses: Sequence[Ids], meta: Sequence[dict[str, Any]]) -> list[list[Press]]:
+    """A trainer who presses nothing."""
+    return [[] for _ in responses]
+
+
+@dataclass
+class SimulatedTrainer:
+    """A trainer in place of a person: presses what it thinks of a token, some time after it was shown.
+
+    Args:
+        likes: (prompt, response) -> for each token 1, -1 or 0; it presses on those that are not 0.
+        tokens_per_s: how fast tokens are shown.
+        delay: how long it takes; the trainer draws from it.
+        seed: of the delays, and of what it misses.
+        attention: share of tokens that it gets round to.
+    """
+
+    likes: Callable[[Ids, Ids], Sequence[float]]
+    tokens_per_s: float = 4.0
+    delay: Delay = field(default_factory=Delay)
+    seed: int = 0
+    attention: float = 1.0
+
+    def __call__(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], meta: Sequence[dict[str, Any]]
+    ) -> list[list[Press]]:
+        """Presses on each response, which are a function of the seed and of what was shown."""
+        return [self._presses(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def _presses(self, prompt: Ids, response: Ids) -> list[Press]:
+        chance = np.random.default_rng([self.seed, *prompt, *response])
+        found = []
+        spans = shown_at(len(response), self.tokens_per_s)
+        for value, (begin, end) in zip(self.likes(prompt, response), spans, strict=True):
+            seen, after, heed = (
+                chance.uniform(begin, end),
+                chance.uniform(self.delay.low_s, self.delay.high_s),
+                chance.random(),
+            )
+            if value and heed < self.attention:
+                found.append(Press(float(seen + after), float(value)))
+        return found
+
+
+# ---------------------------------------------------------------- equations
+
+
+def biased(model: Decoder, addition_VD: Tensor) -> Decoder:
+    """The same decoder, weights shared, whose logits have `addition_VD` times the hidden vector added to them."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    weight_VD = model.output_weight.detach() + addition_VD
+    other.lm_head = nn.Linear(weight_VD.shape[1], weight_VD.shape[0], bias=False, device="meta")
+    other.lm_head.weight = nn.Parameter(weight_VD, requires_grad=False)
+    return other
+
+
+# ---------------------------------------------------------------- the stage
+
+
+class TamerPPO(PPO):
+    """PPO with a trainer beside its reward.
+
+    Args:
+        config: its settings.
+        reward: as PPO's.
+        trainer: who watches the replies of every iteration, and presses keys.
+    """
+
+    config: TamerConfig
+
+    def __init__(
+        self,
+        config: TamerConfig,
+        reward: RewardSource | Callable[..., list[Score]] | None = None,
+        trainer: Trainer = nobody,
+    ) -> None:
+        super().__init__(config, reward, self.watched)
+        self.trainer, self.delay = trainer, Delay(config.delay_low_s, config.delay_high_s)
+        self.seen: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = (
+            None  # of this iteration, until it is learned from
+        )
+
+    def begin(self, policy: Decoder, prompts: Prompts, **given: Any) -> None:
+        """As PPO's; the trainer is not known yet."""
+        super().begin(policy, prompts, **given)
+        weight_VD = policy.output_weight.detach()
+        self.human = Human(weight_VD.shape[0], weight_VD.shape[1], weight_VD.dtype)
+        self.addition_VD = torch.zeros_like(
+            weight_VD
+        )  # what the output matrix has more while this iteration's replies count
+
+    @property
+    def bias(self) -> float:
+        """The weight of the human reward where this iteration's tokens are drawn."""
+        return self.config.bias * self.config.bias_decay**self.iteration
+
+    # -- the trainer
+
+    @torch.no_grad()
+    def watched(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], meta: Sequence[dict[str, Any]]
+    ) -> list[list[float]]:
+        """Shows the replies to the trainer, and tells what was known before of how each token would be liked.
+
+        What the presses teach takes effect with the next iteration (`learn`), on all ranks at once.
+        """
+        presses = self.trainer(prompts, responses, meta)
+        phi_ND, action_N, sizes = self._states(prompts, responses)
+        labels: list[float] = []
+        weights: list[float] = []
+        for response, pressed in zip(responses, presses, strict=True):
+            label, weight = credited(shown_at(len(response), self.config.tokens_per_s), pressed, self.delay)
+            labels += label
+            weights += weight
+        num_presses = sum(map(len, presses))
+        self.seen = phi_ND, action_N, phi_ND.new_tensor(labels), phi_ND.new_tensor(weights), num_presses
+        return [row.tolist() for row in self.human.of(phi_ND, action_N).split(sizes)]
+
+    @torch.no_grad()
+    def learn(self) -> dict[str, float]:
+        """The regression on this iteration's presses, over all ranks; its figures."""
+        none = self.human.weight_AD.new_zeros(0)
+        nothing = none.view(0, self.human.weight_AD.shape[1]), none.long(), none, none, 0
+        *steps, num_presses = self.seen or nothing  # a rank without a scored reply has seen none
+        phi_ND, action_N, label_N, weight_N = steps
+        for _ in range(self.config.human_passes):
+            pull_AD, mass_A = self.human.gradient(phi_ND, action_N, label_N, weight_N)
+            dist.sum_tensors(pull_AD, mass_A)
+            self.human.step(pull_AD, mass_A, self.config.human_rate)
+        error = float((weight_N * (label_N - self.human.of(phi_ND, action_N)).square()).sum())
+        sums = dist.sum_numbers({"presses": float(num_presses), "error": error, "weight": float(weight_N.sum())})
+        self.seen = None
+        return {"tamer/presses": sums["presses"], "tamer/error": sums["error"] / max(sums["weight"], 1e-12)}
+
+    def note(self, rollout: Rollout, kl_BT: Tensor, counted: dict[str, float]) -> None:
+        """Adds what the trainer did, and learns from it."""
+        super().note(rollout, kl_BT, counted)
+        self.figures |= {**self.learn(), "tamer/bias": self.bias}
+
+    def _states(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[Tensor, Tensor, list[int]]:
+        """The policy's hidden vector before every token of the replies, those tokens, and how many each reply has."""
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        sizes = [len(response) for response in responses]
+        phi: dict[int, Tensor] = {}
+        for group in bucket([len(row) for row in rows], self.config.micro_tokens, 0):
+            tokens_BT, _ = pad([rows[i] for i in group], self.pad_id)
+            hidden_BTD = self.policy(tokens_BT.to(self.device)).cpu()
+            for place, i in enumerate(group):
+                first = len(prompts[i]) - 1
+                phi[i] = hidden_BTD[place, first : first + sizes[i]]
+        width = self.policy.spec.width
+        phi_ND = torch.cat([phi[i] for i in range(len(rows))]) if rows else self.human.weight_AD.new_zeros(0, width)
+        return phi_ND, torch.tensor([token for response in responses for token in response], dtype=torch.long), sizes
+
+    # -- what is drawn, and what is learned from
+
+    def engine(self) -> Engine:
+        """The sampler over the biased policy."""
+        self.addition_VD = self.bias * self.human.weight_AD.to(self.addition_VD.device)
+        acting = biased(self.policy, self.addition_VD)
+        if not hasattr(self, "_engine"):
+            self._engine = Engine(acting, max_batch=self.config.engine_batch, num_kept=0)
+        else:
+            self._engine.update_weights(acting)
+        return self._engine
+
+    def logprobs(
+        self, model: Decoder, hidden_BTD: Tensor, part: Rollout, *, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Of the policy with its bias, as it drew; of the reference without."""
+        if model is not self.policy:
+            return super().logprobs(model, hidden_BTD, part, with_entropy=with_entropy)
+        return algebra.chosen_logprobs(
+            hidden_BTD, lambda hidden: model.logits(hidden) + hidden @ self.addition_VD.T, part.tokens_BT, part.mask_BT,
+            temperature=self.config.temperature, with_entropy=with_entropy,
+        )  # fmt: skip
+
+    # -- a restart
+
+    def state_dict(self) -> dict[str, Any]:
+        """With what the trainer has taught."""
+        return {**super().state_dict(), "human": self.human.weight_AD}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.human.weight_AD = state["human"].to(self.human.weight_AD)
