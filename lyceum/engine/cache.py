@@ -53,6 +53,7 @@ class Cache:
         self.max_tokens = max_tokens
         self.shelf = Shelf(num_kept)
         self._reserved = (0, 0)
+        self._room = (0, 0)  # rows and tokens that every layer has memory for
         self._layers: dict[int, Tensor] = {}  # layer -> (2, rows, K, time, E); a layer decides its own heads and width
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -68,6 +69,8 @@ class Cache:
     def _make_room(self, num_rows: int, num_tokens: int) -> None:
         # It grows by doubling, so that a long chat or a large batch is copied a few times only; rows or time that nobody
         # needs any longer are given up then, and under a bound it is no larger than needed and the shelf gives way.
+        if num_rows <= self._room[0] and num_tokens <= self._room[1]:
+            return
         has_grown = False
         for layer, old in self._layers.items():
             rows, tokens = old.shape[1], old.shape[3]
@@ -88,6 +91,8 @@ class Cache:
             self._layers[layer] = new
             self._views.clear()
             has_grown = True
+        shapes = [(memory.shape[1], memory.shape[3]) for memory in self._layers.values()] or [(0, 0)]
+        self._room = min(rows for rows, _ in shapes), min(tokens for _, tokens in shapes)
         if self.max_tokens and has_grown:
             self.shelf.shrink(max(0, self.max_tokens - self.slot_tokens))
 
@@ -139,6 +144,7 @@ class Cache:
         if layer not in self._layers:
             _, _, num_heads, head_width = like_N2KE.shape
             self._layers[layer] = like_N2KE.new_zeros((2, 1, num_heads, FIRST_TOKENS, head_width))
+            self._room = (0, 0)
             self._make_room(num_rows, num_tokens)
         return self._layers[layer]
 
