@@ -10,6 +10,8 @@ from lyceum.model.attention import Reach, attend
 class GrowingCache:
     """The plainest cache of one sequence: it keeps everything and concatenates."""
 
+    is_kept = True
+
     def __init__(self) -> None:
         self.num_seen = 0
         self.layers: dict[int, torch.Tensor] = {}
