@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--trl", help="a Python with trl")
     parser.add_argument("--trl-ppo", help="a Python with a trl that still has PPOTrainer, if that is another one")
     parser.add_argument("--trl-rows", type=int, default=16, help="rows of a micro-batch of TRL's when tuned")
+    parser.add_argument("--tuned", action="store_true", help="leave TRL with its defaults out")
     parser.add_argument("--stages", nargs="+", choices=tuple(CONTESTS), default=list(CONTESTS))
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side; the median counts")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn, of one iteration at least")
@@ -142,7 +143,8 @@ def main() -> int:
 def sides(kind: str, options: argparse.Namespace) -> dict[str, str]:
     """Who takes part -> the Python that runs it."""
     trl = (options.trl_ppo or options.trl) if kind == "ppo" else options.trl
-    return {"lyceum": sys.executable, **({"trl, tuned": trl, "trl": trl} if trl else {})}
+    others = ("trl, tuned",) if options.tuned else ("trl, tuned", "trl")
+    return {"lyceum": sys.executable, **(dict.fromkeys(others, trl) if trl else {})}
 
 
 def measure(kind: str, folder: Path, size: Size, options: argparse.Namespace) -> dict[str, Any]:

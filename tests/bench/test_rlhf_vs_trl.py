@@ -69,7 +69,9 @@ def test_a_ratio_is_of_speeds_and_the_references_pass_counts(
 
     monkeypatch.setattr(bench, "Worker", Clockwork)
     monkeypatch.setattr(bench, "rows_for_trl", lambda *given: [])
-    options = argparse.Namespace(trl="python", trl_ppo=None, trl_rows=16, rounds=3, seconds=1.0, short=False)
+    options = argparse.Namespace(
+        trl="python", trl_ppo=None, tuned=False, trl_rows=16, rounds=3, seconds=1.0, short=False
+    )
     found = bench.measure("dpo", tmp_path, bench.SHORT, options)
     # 8 pairs in 0.4 s, and 0.05 s of reference for each: 0.1 s a pair; TRL's are 0.2 s each
     assert found["lyceum"]["per_s"] == pytest.approx(10) and found["trl"]["per_s"] == pytest.approx(5)
