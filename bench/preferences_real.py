@@ -5,7 +5,8 @@
 Files are whatever `lyceum.corpus.records.read_rankings` reads; .gz too. For each seed all is made anew: a split by prompt
 (and, with --strangers, by annotator, where the files name any), a vocabulary and a language model from the training
 part's texts alone, both responses of every pair, and on it a reward model. Shown is the share of held-out pairs in the order that
-people gave them, with its 95 % bootstrap interval over prompts, that of the length baseline on the same pairs, and the
+people gave them, with its 95 % bootstrap interval over prompts, that of the length baseline on the same pairs (with one taste in
+length for all files, and with each file's own), and the
 difference pair by pair; whole and by file. A difference whose interval holds 0 is not shown to be one.
 
 What it is not: a good reward model. A few million weights that have read a few megabytes know little of what people
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,11 @@ def school(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[str, 
 
 
 def by_file(config: Any, work: Any, report: dict[str, Any]) -> dict[str, Any]:
-    """The same figures of each file's held-out pairs."""
+    """The same figures of each file's held-out pairs, and of all with a baseline that knows each file's own taste in length.
+
+    People who prefer the longer response in one file and the shorter in another make one direction for all worth nothing,
+    while a model can tell the files apart.
+    """
     from lyceum.evals import agreement
     from lyceum.stages.reward import RewardModel, read_data
     from lyceum.tokens.chat import ChatFormat
@@ -108,9 +114,16 @@ def by_file(config: Any, work: Any, report: dict[str, Any]) -> dict[str, Any]:
         prompt, replies = ranking.rows[0][: ranking.num_prompt], [row[ranking.num_prompt :] for row in ranking.rows]
         scores = [score * report["reward_scale"] for score in judge.score([prompt] * len(replies), replies)]  # type: ignore[operator]
         parts.setdefault(ranking.name.split(" of ", 1)[1], []).extend(agreement.scored_rankings([ranking], [scores]))
+    judged = {name: agreement.judge(part) for name, part in sorted(parts.items())}
+    signs = {name: 1 if found["baseline_prefers"] == "longer" else -1 for name, found in judged.items()}
+    signed = [
+        replace(one, lengths=tuple(signs[name] * length for length in one.lengths))
+        for name, part in parts.items()
+        for one in part
+    ]
+    judged = {"all, length by file": agreement.judge(signed), **judged}
     keys = [name for key, _ in SHOWN for name in (key, f"{key}_interval")]
-    judged = {name: agreement.judge(part) for name, part in parts.items()}
-    return {name: {key: found[key] for key in (*keys, "pairs")} for name, found in sorted(judged.items())}
+    return {name: {key: found[key] for key in (*keys, "pairs")} for name, found in judged.items()}
 
 
 def texts_of(rankings: Sequence[Any]) -> list[str]:
@@ -155,8 +168,9 @@ def rows_of(result: dict[str, Any]) -> str:
 
 def summary(results: list[dict[str, Any]]) -> str:
     """The mean over seeds, and what may be said of it."""
-    means = ", ".join(f"{heading} {statistics.mean(one[key] for one in results):.3f}" for key, heading in SHOWN)
-    above = sum(one["above_length_interval"][0] > 0 for one in results)
+    by_file = [one["by_file"]["all, length by file"] for one in results]
+    means = ", ".join(f"{heading} {statistics.mean(one[key] for one in by_file):.3f}" for key, heading in SHOWN)
+    above = sum(one["above_length_interval"][0] > 0 for one in by_file)
     return f"mean of {len(results)} seeds: {means}; above length beyond its interval in {above} of {len(results)}"
 
 

@@ -376,7 +376,7 @@ table{border-collapse:collapse;font-size:.85rem}
 th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 .left th,.left td{text-align:left}.say{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.8rem}
 .wrong td:first-child{color:var(--bad);font-weight:700}.wrong{background:var(--shade)}.ask{font-weight:600}
-.plots{display:flex;flex-wrap:wrap;gap:.5rem}</style></head><body>
+.plots{display:flex;flex-wrap:wrap;gap:.5rem;margin:.7rem 0}</style></head><body>
 $body
 </body></html>
 """

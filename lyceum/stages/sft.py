@@ -321,7 +321,8 @@ class SFT(Stage[TokenBatch]):
         return numbers
 
     def _judged(self) -> dict[str, float]:
-        """Mean score of greedy replies to validation questions, and the share of them that end, over all ranks."""
+        """Mean score of greedy replies to validation questions and the share of them that end, over all ranks; `unscored` is
+        the number that could not be scored, if there is one."""
         if is_piece(self.model.output_weight):
             raise ConfigError(
                 "best_by = 'reward' samples replies, which a sharded model cannot", hint="set best_by = 'loss'"
@@ -330,20 +331,23 @@ class SFT(Stage[TokenBatch]):
         questions = dist.share(self.questions)
         prompts, outputs = self._replies(questions)
         scores = self.judge(prompts, [output.ids for output in outputs], [question.meta for question in questions])
-        sums = {"reward": 0.0, "ended": 0.0, "replies": 0.0}
+        sums = {"reward": 0.0, "ended": 0.0, "replies": 0.0, "unscored": 0.0}
         for score, output in zip(scores, outputs, strict=True):
             ended = output.finish == "stop"
             if score is not None:
                 sums["reward"] += score if ended else UNFINISHED_SCORE
                 sums["ended"] += ended
                 sums["replies"] += 1
+            else:
+                sums["unscored"] += 1
         sums = dist.sum_numbers(sums)
         if not sums["replies"]:
             raise TrainingError(
                 "the reward model could score no reply to a validation question",
                 hint="best_by = 'reward' needs validation conversations that end with the assistant's message",
             )
-        return {name: sums[name] / sums["replies"] for name in ("reward", "ended")}
+        left_out = {"unscored": sums["unscored"]} if sums["unscored"] else {}
+        return {name: sums[name] / sums["replies"] for name in ("reward", "ended")} | left_out
 
     def _replies(self, questions: Sequence[Conversation]) -> tuple[list[list[int]], list[Output]]:
         """The prompts of some questions, and greedy replies to them."""

@@ -36,6 +36,8 @@ def test_figures_are_of_held_out_pairs_whole_and_by_file(tmp_path: Path, capsys:
     (result,) = json.loads(printed[-1])["results"]
     counts = result["rankings"]
     assert counts["train"]["kept"] + counts["valid"]["kept"] == 100
+    whole = result["by_file"].pop("all, length by file")
+    assert whole["pairs"] == result["pairs"] and whole["accuracy_noisy"] == pytest.approx(result["accuracy_noisy"])
     assert sum(part["pairs"] for part in result["by_file"].values()) == result["pairs"] == counts["valid"]["kept"]
     right = sum(part["pairs"] * part["accuracy_noisy"] for part in result["by_file"].values())
     assert right / result["pairs"] == pytest.approx(result["accuracy_noisy"])

@@ -445,6 +445,16 @@ def test_replies_without_an_end_score_what_no_reward_model_is_asked(chat: ChatFo
     assert asked == [8] and numbers["reward"] == pytest.approx(numbers["ended"] - 3.0 * (1 - numbers["ended"]))
 
 
+def test_replies_that_cannot_be_scored_are_counted_and_in_no_mean(chat: ChatFormat) -> None:
+    stage = begun(chat)
+    stage.judge = lambda prompts, responses, meta: [None, *[-3.0] * (len(responses) - 1)]
+    numbers = stage.validate()
+    assert numbers["unscored"] == 1 and numbers["reward"] == pytest.approx(-3.0)
+    stage.judge = lambda prompts, responses, meta: [None] * len(responses)
+    with pytest.raises(TrainingError, match="could score no reply"):
+        stage.validate()
+
+
 def test_patience_without_anything_to_wait_for_is_refused(chat: ChatFormat) -> None:
     with pytest.raises(ConfigError, match="validate_every = 0"):
         SFTConfig(patience=2)
