@@ -26,6 +26,8 @@ from lyceum.stages.overoptimisation import (
     spec_of,
 )
 
+pytestmark = pytest.mark.timeout(500)
+
 SMALL = LabConfig(
     seeds=1, prompt_letters=4, reply_letters=6, policy="1x16", policy_letters=4000, gold="1x32", gold_letters=4000,
     proxies=("1x16",), comparisons=(16,), proxy_epochs=1, iterations=3, replies=8, best_of=8, best_of_prompts=4,

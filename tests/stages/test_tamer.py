@@ -216,8 +216,5 @@ def test_either_way_a_trainer_teaches_and_a_shuffled_one_does_not(tmp_path: Path
     trainer = SimulatedTrainer(five, tokens_per_s=1.5, delay=Delay(0.3, 0.8), seed=seed)
     taught = reached(tmp_path / "taught", seed, config, trainer)
     control = reached(tmp_path / "control", seed, config, Shuffled(trainer))
-    alone = reached(tmp_path / "alone", seed, config, nobody)
-    print(
-        f"{how}, seed {seed}: reward {taught:.3f} with a trainer, {control:.3f} with a shuffled one, {alone:.3f} alone"
-    )
-    assert taught > 0.5 and control < 0.3 and alone < 0.3
+    print(f"{how}, seed {seed}: reward {taught:.3f} with a trainer, {control:.3f} with a shuffled one")
+    assert taught > 0.5 and control < 0.3
