@@ -91,6 +91,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Laboratory, li
     return made, made.run()
 
 
+@pytest.mark.slow
 def test_every_arm_has_a_curve_for_every_iteration_and_for_every_n(
     laboratory: tuple[Laboratory, list[dict[str, Any]]],
 ) -> None:
@@ -105,6 +106,7 @@ def test_every_arm_has_a_curve_for_every_iteration_and_for_every_n(
     assert control["best_of_n"]["gold"] == sorted(control["best_of_n"]["gold"])  # by gold itself it can only rise
 
 
+@pytest.mark.slow
 def test_a_finished_arm_is_read_and_not_run_again(
     laboratory: tuple[Laboratory, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_finished_arm_is_read_and_not_run_again(
     assert again.run() == [{**result, "rl": {k: list(v) for k, v in result["rl"].items()}} for result in results]
 
 
+@pytest.mark.slow
 def test_comparisons_are_golds_and_as_many_as_stated_are_turned_round(
     laboratory: tuple[Laboratory, list[dict[str, Any]]],
 ) -> None:
@@ -133,6 +136,7 @@ def test_comparisons_are_golds_and_as_many_as_stated_are_turned_round(
     assert abs(share - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 200)
 
 
+@pytest.mark.slow
 def test_other_letters_make_other_readers_and_the_same_ones_are_kept(
     laboratory: tuple[Laboratory, list[dict[str, Any]]],
 ) -> None:
