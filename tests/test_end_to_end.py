@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,10 +39,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     yield runs / "smoke", finished
 
 
-def losses(run: Path) -> dict[str, list[dict]]:
+def losses(run: Path, sections: tuple[str, ...] = SECTIONS) -> dict[str, list[dict]]:
     """Section -> its logged lines, without what a clock says."""
     found = {}
-    for section in SECTIONS:
+    for section in sections:
         lines = read_metrics(run / section / "metrics.jsonl")
         found[section] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
     return found
@@ -89,22 +90,24 @@ def test_the_finished_run_answers_in_the_chat(straight: tuple[Path, subprocess.C
     assert said.stdout.strip()
 
 
-def kill_in(section: str, runs: Path) -> bool:
+def kill_in(section: str, runs: Path, *words: str, run: str = "smoke") -> bool:
     """Run the river and end it with SIGKILL in the middle of a section; False if the section was over too soon."""
     process = subprocess.Popen(
-        lyceum("run", str(RECIPE), runs=runs),
+        lyceum("run", str(RECIPE), *words, runs=runs),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    folder = runs / "smoke" / section
+    folder = runs / run / section
     try:
         for _ in range(30_000):
             state = read_state(folder)
             if process.poll() is not None or (state is not None and state.finished):
                 return False
             has_begun = (
-                read_metrics(folder / "metrics.jsonl") if section in ("pretrain", "sft", "ppo") else state is not None
+                read_metrics(folder / "metrics.jsonl")
+                if section in ("pretrain", "sft", "ppo", "ppo-2")
+                else state is not None
             )
             if has_begun:
                 time.sleep(0.3 if section in ("pretrain", "sft") else 0.05)
@@ -170,3 +173,40 @@ def test_the_recipe_of_preferences_ends_with_policies_that_talk(tmp_path: Path) 
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert said.returncode == 0 and said.stdout.strip()
+
+
+# -------------------------------------------------------------------------------- rounds
+
+
+ROUNDS = ("rounds=2", "name=rounds", "sft.epochs=1", "ppo.iterations=2", "eval.open_book=4", "lessons.held_out=4")
+
+
+@pytest.mark.slow
+def test_killed_in_its_second_round_a_recipe_ends_as_the_straight_run_did(tmp_path: Path) -> None:
+    command = [word for change in ROUNDS for word in ("--set", change)]
+
+    def run(runs: Path, until: str = "eval") -> Path:
+        words = lyceum("run", str(RECIPE), *command, "--until", until, runs=runs)
+        finished = subprocess.run(words, capture_output=True, text=True, timeout=400)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        return runs / "rounds"
+
+    first = run(tmp_path / "straight", until="ppo")
+    shutil.copytree(first.parent, tmp_path / "killed")  # the first round is the same for both
+    straight = run(tmp_path / "straight")
+    repeated = ("rankings-2", "reward-2", "ppo-2")
+    killed = [name for name in repeated if kill_in(name, tmp_path / "killed", *command, run="rounds")]
+    assert "ppo-2" in killed
+    resumed = run(tmp_path / "killed")
+    for name in (*repeated, "ppo"):
+        assert losses(resumed, (name,)) == losses(straight, (name,))
+    for name in ("train.jsonl", "valid.jsonl"):
+        rows = [(folder / "rankings-2" / name).read_bytes() for folder in (straight, resumed)]
+        assert rows[0] == rows[1] and rows[0].startswith((straight / "rankings" / name).read_bytes()[:40])
+    assert outcomes(resumed) == outcomes(straight)
+    report = json.loads((straight / "report.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["base", "sft", "best_of_4", "ppo", "ppo-2"]
+    assert "Over rounds" in (straight / "report.html").read_text()
+    counted = json.loads((straight / "rankings-2" / "report.json").read_text())
+    before = json.loads((straight / "rankings" / "report.json").read_text())
+    assert counted["train_before"] == before["train"] and counted["valid_before"] == before["valid"]

@@ -79,18 +79,18 @@ class LabConfig:
         400_000, "letters that the policy, and every proxy before its head, has read", low=1000
     )
     gold: str = setting("2x128", "shape of the gold judge")
-    gold_letters: int = setting(600_000, "letters that it has read", low=1000)
+    gold_letters: int = setting(300_000, "letters that it has read", low=1000)
     taste: float = setting(1.0, "weight of its taste for letters beside fluency", low=0.0)
     proxies: tuple[str, ...] = setting(
         ("1x16", "1x32", "1x64"), "shapes of proxies, all trained on the most comparisons"
     )
     comparisons: tuple[int, ...] = setting(
-        (300, 3000), "pairs that gold judged; fewer than the most: the last shape alone", low=8
+        (300, 1500), "pairs that gold judged; fewer than the most: the last shape alone", low=8
     )
     flipped: float = setting(0.1, "share of comparisons that are turned round", low=0.0, high=0.5)
     proxy_epochs: int = setting(4, "passes of a proxy over its comparisons", low=1)
     proxy_lr: float = setting(3e-3, "its peak learning rate", low=0.0)
-    iterations: int = setting(60, "PPO's", low=2)
+    iterations: int = setting(50, "PPO's", low=2)
     replies: int = setting(64, "replies of one iteration", low=4)
     lr: float = setting(2.5e-4, "PPO's learning rate, constant", low=0.0)
     best_of: int = setting(256, "replies drawn for each prompt of best-of-n: the largest n", low=2)

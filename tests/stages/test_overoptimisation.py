@@ -26,6 +26,8 @@ from lyceum.stages.overoptimisation import (
     spec_of,
 )
 
+pytestmark = pytest.mark.timeout(500)
+
 SMALL = LabConfig(
     seeds=1, prompt_letters=4, reply_letters=6, policy="1x16", policy_letters=4000, gold="1x32", gold_letters=4000,
     proxies=("1x16",), comparisons=(16,), proxy_epochs=1, iterations=3, replies=8, best_of=8, best_of_prompts=4,
@@ -89,6 +91,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Laboratory, li
     return made, made.run()
 
 
+@pytest.mark.slow
 def test_every_arm_has_a_curve_for_every_iteration_and_for_every_n(
     laboratory: tuple[Laboratory, list[dict[str, Any]]],
 ) -> None:
@@ -103,6 +106,7 @@ def test_every_arm_has_a_curve_for_every_iteration_and_for_every_n(
     assert control["best_of_n"]["gold"] == sorted(control["best_of_n"]["gold"])  # by gold itself it can only rise
 
 
+@pytest.mark.slow
 def test_a_finished_arm_is_read_and_not_run_again(
     laboratory: tuple[Laboratory, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +121,7 @@ def test_a_finished_arm_is_read_and_not_run_again(
     assert again.run() == [{**result, "rl": {k: list(v) for k, v in result["rl"].items()}} for result in results]
 
 
+@pytest.mark.slow
 def test_comparisons_are_golds_and_as_many_as_stated_are_turned_round(
     laboratory: tuple[Laboratory, list[dict[str, Any]]],
 ) -> None:
@@ -131,6 +136,7 @@ def test_comparisons_are_golds_and_as_many_as_stated_are_turned_round(
     assert abs(share - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 200)
 
 
+@pytest.mark.slow
 def test_other_letters_make_other_readers_and_the_same_ones_are_kept(
     laboratory: tuple[Laboratory, list[dict[str, Any]]],
 ) -> None:
