@@ -21,9 +21,9 @@ CHINESE = "人工智能模型训练数据天气公园今天明天北京上海学
 
 
 def words(draw: random.Random, number: int) -> str:
-    """A text of some sixty words, one of them nobody else's."""
-    english = " ".join(draw.choices(ENGLISH, k=40)) + " " + "".join(draw.choices("abcdefghij", k=6))
-    return f"{english} {''.join(draw.choices(CHINESE, k=20))} unique{number}"
+    """A text of some thirty terms, one of them nobody else's."""
+    english = " ".join(draw.choices(ENGLISH, k=16)) + " " + "".join(draw.choices("abcdefghij", k=6))
+    return f"{english} {''.join(draw.choices(CHINESE, k=10))} unique{number}"
 
 
 @pytest.mark.slow
