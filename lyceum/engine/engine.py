@@ -188,6 +188,11 @@ class Engine:
         sequence = self._sequences.get(id)
         return [] if sequence is None else sequence.tokens[sequence.num_prompt + start :]
 
+    def so_far(self, id: int) -> Output | None:
+        """The same with log-probabilities and the prompt's scores, for those who follow a reply; None once it has finished."""
+        sequence = self._sequences.get(id)
+        return None if sequence is None else sequence.output("abort")
+
     @property
     def is_idle(self) -> bool:
         """True if `step` has nothing to do."""

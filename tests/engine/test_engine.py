@@ -652,3 +652,16 @@ def test_encode_gives_the_hidden_vectors_of_each_row_alone(decoder: Decoder) -> 
     )
     with pytest.raises(UsageError, match="first"):
         engine.encode(PROMPTS, "first")  # type: ignore[arg-type]
+
+
+def test_a_reply_can_be_followed_with_its_scores(decoder: Decoder) -> None:
+    engine = Engine(decoder)
+    id = engine.add(PROMPTS[1], SamplingParams(6, seed=3, logprobs=True, top_logprobs=2, prompt_logprobs=True))
+    seen = []
+    while (so_far := engine.so_far(id)) is not None:
+        seen.append((so_far.ids, list(so_far.logprobs), list(so_far.top_logprobs)))
+        finished = engine.step()
+    (output,) = finished
+    assert [ids for ids, _, _ in seen] == [output.ids[:length] for length in range(6)]
+    assert seen[-1][1] == output.logprobs[:5] and seen[-1][2] == output.top_logprobs[:5]
+    assert engine.so_far(id) is None
