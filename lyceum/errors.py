@@ -7,6 +7,8 @@
     |- CheckpointError         a model folder cannot be read, or does not fit
     |- RunError                the run folder: locked, an earlier section missing, ...
     |- ResourceError           the machine ran out of something: disk, memory
+    |- StoreError              the service's store cannot be opened, or cannot do what was asked
+    |  `- NotFound             what was asked for is not in the store, or is somebody else's
     `- TrainingError           the numbers went wrong: NaN, nothing to learn from, a failed self-check
 
 A message says what happened, with the value, and what was expected; the hint says the next step. The command line
@@ -71,6 +73,14 @@ class RunError(LyceumError):
 
 class ResourceError(LyceumError):
     """The machine ran out of something: disk, memory."""
+
+
+class StoreError(LyceumError):
+    """The store of conversations and judgements cannot be opened, or cannot do what was asked."""
+
+
+class NotFound(StoreError):
+    """What was asked for is not in the store; what belongs to somebody else is not there either."""
 
 
 class TrainingError(LyceumError):
