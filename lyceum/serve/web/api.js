@@ -79,7 +79,10 @@ export async function* follow(message, blocks, signal) {
     const events = text.split("\n\n");
     text = events.pop();
     for (const event of events) {
-      if (event.startsWith("data: ")) yield JSON.parse(event.slice(6));
+      if (!event.startsWith("data: ") || event === "data: [DONE]") continue; // a ping, or the end
+      const news = JSON.parse(event.slice(6));
+      if (news.error) throw new Refused(news.error.code === "not_found" ? 404 : 500, news.error.message, news.error.code);
+      yield news;
     }
   }
 }
