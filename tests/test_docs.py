@@ -141,7 +141,7 @@ MAKE = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.starts
 def test_a_command_of_a_page_is_one(page: str, command: str) -> None:
     words = shlex.split(command)[1:]
     if words[1:] in ([], ["--help"]):  # a verb, by its name
-        assert words[0] in ("run", "plan", "chat", "runs", "export", *KINDS) or words == ["--help"]
+        assert words[0] in ("run", "plan", "chat", "serve", "runs", "export", *KINDS) or words == ["--help"]
         return
     args = make_parser().parse_args(words)
     recipe = getattr(args, "recipe", "RECIPE")

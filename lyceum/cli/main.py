@@ -3,6 +3,7 @@
     lyceum run demo                     a whole recipe         lyceum chat runs/demo       talk to what it made
     lyceum sft demo --set sft.epochs=4  one stage of it        lyceum sft --help           its settings
     lyceum plan demo                    what it would take
+    lyceum serve runs/demo              its API over HTTP
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
 
@@ -79,6 +80,10 @@ def make_parser() -> Parser:
     )
     chat.set_defaults(do=_chat)
 
+    serve = _verb(verbs, "serve", "answer over HTTP, as OpenAI's API does")
+    _serve_options(serve)
+    serve.set_defaults(do=_serve)
+
     runs = _verb(verbs, "runs", "list runs, show one, or compare several")
     runs.add_argument(
         "paths", nargs="*", metavar="RUN", help="a folder of runs (default: runs), a run, or several runs"
@@ -106,6 +111,37 @@ def _verb(verbs: Any, name: str, help: str) -> Parser:
     parser = verbs.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def _serve_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("path", nargs="?", metavar="RUN_OR_CHECKPOINT", help="a run's folder, a section's, or a checkpoint's")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another model, under this name; may be repeated",
+    )
+    add("--stage", default="", help="which section of each run; by default the most schooled")
+    add("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, help="0 takes any free one (default 8000)")
+    add(
+        "--api-key", default=os.environ.get("LYCEUM_API_KEY", ""), metavar="KEY", help="ask for it; also LYCEUM_API_KEY"
+    )
+    add("--keys", default="", metavar="FILE", help="ask for one of the keys in this file")
+    add("--new-key", default="", metavar="NAME", help="make a key, write its hash into --keys, show it, and leave")
+    add("--scope", action="append", default=[], help="of the new key: models, inference, metrics; may be repeated")
+    add("--days", type=float, default=0.0, help="for how long the new key is good (default: for ever)")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a name under which the server is reached")
+    add("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may use the server")
+    add("--max-batch", type=int, default=16, help="replies side by side, of each model (default 16)")
+    add("--max-tokens", type=int, default=0, help="longest reply (default: the model's context)")
+    add("--queue", type=int, default=256, help="replies that may wait; more are told to come again (default 256)")
+    add("--per-key", type=int, default=256, help="replies under way for one key (default 256)")
+    add("--tokens-per-minute", type=int, default=0, help="of one key, prompts and replies (default: no bound)")
+    add("--certificate", default="", metavar="FILE", help="PEM, for TLS")
+    add("--private-key", default="", metavar="FILE", help="PEM, for TLS")
 
 
 def _recipe_options(parser: Parser) -> None:
@@ -169,6 +205,12 @@ def _chat(args: argparse.Namespace) -> None:
     )
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from lyceum.cli import serve
+
+    serve.serve(args)
+
+
 def _runs(args: argparse.Namespace) -> None:
     from lyceum.cli import runs
 
@@ -208,7 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.do(args)
         return 0
     except KeyboardInterrupt:
-        print("\nstopped" if given == "chat" else "\nstopped; the same command goes on where it was", file=sys.stderr)
+        print(
+            "\nstopped" if given in ("chat", "serve") else "\nstopped; the same command goes on where it was",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

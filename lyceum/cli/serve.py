@@ -1,0 +1,84 @@
+"""``lyceum serve runs/demo``: the API over one model or several, until Ctrl-C.
+
+The model is named after its run's folder, or as ``--model name=path`` says, which may be given more than once. What is
+served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`). ``--new-key NAME`` writes a key into the file of
+keys, shows it once, and leaves.
+
+It only finds folders and hands them over: the server is `lyceum.serve.server`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lyceum import device
+from lyceum.errors import LyceumError, UsageError
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Do what the command line asks.
+
+    Raises UsageError where it makes no sense, RunError or CheckpointError where there is nothing to serve.
+    """
+    from lyceum.cli.chat import find_checkpoint
+
+    if args.new_key:
+        new_key(args)
+        return
+    folders: dict[str, Path] = {}
+    for name, path in named(args.path, args.model):
+        if name in folders:
+            raise UsageError(f"two models are named {name!r}", hint="name them apart: --model NAME=PATH")
+        folders[name] = find_checkpoint(path, args.stage).checkpoint
+    device.prepare("serve")  # before torch is imported
+    try:
+        from lyceum.serve.limits import Limits
+        from lyceum.serve.server import ServerConfig
+        from lyceum.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise LyceumError(f"the server needs the package {error.name}", hint="pip install 'lyceum[serve]'") from None
+    limits = Limits(
+        max_tokens=args.max_tokens,
+        waiting=args.queue,
+        per_caller=args.per_key,
+        tokens_per_minute=args.tokens_per_minute,
+    )
+    config = ServerConfig(
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key,
+        keys=args.keys,
+        allow_host=tuple(args.allow_host),
+        allow_origin=tuple(args.allow_origin),
+        max_batch=args.max_batch,
+        certificate=args.certificate,
+        private_key=args.private_key,
+        limits=limits,
+    )
+    run(folders, config)
+
+
+def named(path: str | None, models: list[str]) -> list[tuple[str, Path]]:
+    """(name, path) of what is to be served, the first the default."""
+    found = [] if path is None else [(Path(path).resolve().name, Path(path))]
+    for model in models:
+        name, equals, where = model.partition("=")
+        if not (name and equals and where):
+            raise UsageError(
+                f"--model {model!r} names no model", hint="--model NAME=PATH, such as --model tutor=runs/demo"
+            )
+        found.append((name, Path(where)))
+    if not found:
+        raise UsageError("there is nothing to serve", hint="lyceum serve runs/demo, or --model NAME=PATH")
+    return found
+
+
+def new_key(args: argparse.Namespace) -> None:
+    """Make a key, and show it."""
+    from lyceum.serve.limits import Keys
+
+    if not args.keys:
+        raise UsageError("a key is kept in a file", hint="--keys FILE --new-key NAME")
+    key = Keys.add(args.keys, args.new_key, args.scope, args.days)
+    print(key, flush=True)

@@ -1,0 +1,225 @@
+"""What a client may do: bounds on a request, keys, and how much at once.
+
+    limits = Limits(); keys = Keys.read("keys.json"); caller = keys.caller("Bearer sk-...")
+
+**Bounds** are numbers in one place (`Limits`); the protocol's own (at most 4 stop strings, 20 alternatives, ...) stand with
+the fields in `lyceum.serve.protocol`.
+
+**Keys** are 256 random bits, kept as their SHA-256: such a key cannot be guessed, so a slow hash would protect nothing. The
+hash of what is presented is compared with every key there is, each in constant time, so that the time tells neither which
+key was nearly right nor how many there are. A key has scopes and may expire.
+
+**Quota** counts what each caller has running and how many tokens it was promised lately.
+
+What it is not: users and passwords; a caller is a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lyceum.errors import DataError, UsageError
+from lyceum.run import write_json
+from lyceum.serve.refusals import Refusal
+
+SCOPES = ("models", "inference", "metrics")  # list models and cut text; make text; read the server's numbers
+PREFIX = "sk-lyceum-"
+MIN_KEY = 32  # characters of a key that somebody chose, where the address is public
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds that keep one client from taking what belongs to all.
+
+    body_bytes: of one request. header_bytes: of its headers. items: values in one body, lists and objects counted too (its
+    depth is bounded by the reader: 200). replies: sequences that one request may ask for. max_tokens: longest reply; 0 is
+    the model's context. running, waiting: sequences of all callers that may run or wait, beyond the engine's own rows.
+    per_caller: sequences of one caller. tokens_per_minute: tokens of one caller, prompts and replies; 0 for no bound.
+    header_s, body_s: seconds in which a request must have come. stall_s: seconds that a client may leave the answer
+    unread. connections: open at once.
+    """
+
+    body_bytes: int = 8 << 20
+    header_bytes: int = 32 << 10
+    items: int = 1 << 20
+    replies: int = 256
+    max_tokens: int = 0
+    waiting: int = 256
+    per_caller: int = 256
+    tokens_per_minute: int = 0
+    header_s: float = 15.0
+    body_s: float = 30.0
+    stall_s: float = 30.0
+    connections: int = 512
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the owner of what it makes, and what it may do. Its id is the engine's key too: fairness and memory."""
+
+    id: str
+    scopes: frozenset[str] = frozenset(SCOPES)
+
+    def need(self, scope: str) -> None:
+        """Raises Refusal unless this caller has the scope."""
+        if scope not in self.scopes:
+            raise Refusal(
+                403,
+                f"You have insufficient permissions for this operation. Missing scopes: {scope}.",
+                code="missing_scope",
+            )
+
+
+EVERYBODY = Caller("everybody")  # where no keys are asked for
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it is kept. expires: seconds since 1970; 0 for never."""
+
+    name: str
+    hash: str
+    scopes: tuple[str, ...] = ("models", "inference")
+    expires: float = 0.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.scopes) - set(SCOPES)
+        if unknown or not self.name:
+            raise UsageError(
+                f"key {self.name!r} has no name, or an unknown scope {sorted(unknown)}",
+                hint=f"scopes: {', '.join(SCOPES)}",
+            )
+
+
+def hash_of(key: str) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class Keys:
+    """The keys of a server. None at all: everybody may do everything."""
+
+    def __init__(self, keys: Iterable[Key] = ()):
+        self.keys = tuple(keys)
+
+    @classmethod
+    def read(cls, path: Path | str) -> Keys:
+        """The keys of a file that `add` wrote. Raises DataError if it is none."""
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))["keys"]
+            return cls(Key(**{**row, "scopes": tuple(row["scopes"])}) for row in rows)
+        except FileNotFoundError:
+            raise DataError(
+                "there is no such file", file=path, hint="make a key: lyceum serve --keys FILE --new-key NAME"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"not a file of keys: {error}", file=path, hint="make it anew with --new-key") from None
+
+    @classmethod
+    def add(cls, path: Path | str, name: str, scopes: Iterable[str] = (), days: float = 0.0) -> str:
+        """Make a key, note its hash in a file, and return it: nobody will see it again.
+
+        A key of that name is replaced. days: for how long it is good; 0 for ever.
+        """
+        kept = cls.read(path).keys if Path(path).exists() else ()
+        key = PREFIX + secrets.token_urlsafe(32)
+        expires = time.time() + 86400 * days if days else 0.0
+        new = Key(name, hash_of(key), tuple(scopes) or Key.scopes, expires)
+        write_json(Path(path), {"keys": [asdict(one) for one in (*(k for k in kept if k.name != name), new)]})
+        Path(path).chmod(0o600)
+        return key
+
+    def caller(self, authorization: str | None) -> Caller:
+        """Who presents this header. Raises Refusal if nobody we know does."""
+        if not self.keys:
+            return EVERYBODY
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Refusal(
+                401,
+                "You didn't provide an API key: send it as 'Authorization: Bearer YOUR_KEY'.",
+                code="missing_api_key",
+            )
+        presented = hash_of(token.strip())
+        found = [key for key in self.keys if hmac.compare_digest(key.hash, presented)]
+        if not found:
+            raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
+        if 0 < found[0].expires <= time.time():
+            raise Refusal(401, "The API key provided has expired.", code="expired_api_key")
+        return Caller(found[0].name, frozenset(found[0].scopes))
+
+
+@dataclass
+class Account:
+    """What one caller has. level: tokens it may still ask for, as of `at`."""
+
+    running: int = 0
+    level: float = 0.0
+    at: float = 0.0
+
+
+@dataclass
+class Quota:
+    """Who has how much; all on one thread. clock: seconds."""
+
+    limits: Limits
+    room: int  # sequences that may run or wait, of all callers
+    clock: Callable[[], float] = time.monotonic
+    running: int = 0
+    seconds: float = 1.0  # what a sequence took lately
+    accounts: dict[str, Account] = field(default_factory=dict)
+
+    def take(self, caller: Caller, num_sequences: int, num_tokens: int) -> None:
+        """Let a request in, for what it may come to. Raises Refusal (429) where it is too much now."""
+        if self.running + num_sequences > self.room and self.running:
+            raise Refusal(
+                429, "The server is busy: its queue is full.", code="rate_limit_exceeded", retry_after_s=self._wait()
+            )
+        account = self.accounts.get(caller.id) or self._open(caller)
+        if account.running + num_sequences > self.limits.per_caller and account.running:
+            raise Refusal(
+                429,
+                f"You have {account.running} replies under way, of {self.limits.per_caller}.",
+                code="rate_limit_exceeded",
+                retry_after_s=self._wait(),
+            )
+        if rate := self.limits.tokens_per_minute:
+            now = self.clock()
+            account.level = min(float(rate), account.level + (now - account.at) * rate / 60)
+            account.at = now
+            wanted = min(num_tokens, rate)
+            if wanted > account.level:
+                raise Refusal(
+                    429,
+                    f"You have used your {rate} tokens a minute.",
+                    code="rate_limit_exceeded",
+                    retry_after_s=(wanted - account.level) * 60 / rate,
+                )
+            account.level -= wanted
+        account.running += num_sequences
+        self.running += num_sequences
+
+    def give_back(self, caller: Caller, num_sequences: int, unused_tokens: int = 0, seconds: float = 0.0) -> None:
+        """A request's sequences have ended, after some seconds, with tokens that it was promised and did not use."""
+        account = self.accounts[caller.id]
+        account.running -= num_sequences
+        account.level = min(float(self.limits.tokens_per_minute), account.level + unused_tokens)
+        self.running -= num_sequences
+        if seconds:
+            self.seconds += 0.1 * (seconds - self.seconds)
+        if not account.running and not self.limits.tokens_per_minute:
+            del self.accounts[caller.id]
+
+    def _open(self, caller: Caller) -> Account:
+        account = self.accounts[caller.id] = Account(level=self.limits.tokens_per_minute, at=self.clock())
+        return account
+
+    def _wait(self) -> float:
+        return min(60.0, max(1.0, self.seconds))

@@ -1,0 +1,212 @@
+"""The server process: uvicorn around the application, on one event loop.
+
+    serve({"demo": "runs/demo/ppo/checkpoint"}, ServerConfig(port=8000))
+
+It listens on 127.0.0.1 unless told otherwise; an address that others can reach needs keys. Once it answers it says where. HTTP
+is parsed by h11, whose bound on headers holds while they come (httptools has none). What uvicorn leaves open is closed here
+(`Connection`): a client that sends its headers drop by drop, and one that does not read its answer.
+
+What it is not: TLS by itself or many processes; put a proxy before it, or give it a certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lyceum.errors import UsageError
+from lyceum.serve.app import make_app
+from lyceum.serve.limits import MIN_KEY, Key, Keys, Limits, hash_of
+from lyceum.serve.models import load
+from lyceum.serve.service import Service
+
+KEEP_ALIVE_S = 60  # an idle connection is kept so long
+SHUTDOWN_S = 5  # answers under way may take so long to end
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where a server listens and whom it answers.
+
+    host, port: 0 takes any free port. api_key: one key for everything; keys: a file of keys. allow_host, allow_origin: names
+    and sites beyond this machine's own. max_batch: replies made side by side, of each model. certificate, private_key: PEM
+    files, for TLS.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str = ""
+    keys: str = ""
+    allow_host: tuple[str, ...] = ()
+    allow_origin: tuple[str, ...] = ()
+    max_batch: int = 16
+    certificate: str = ""
+    private_key: str = ""
+    limits: Limits = field(default_factory=Limits)
+
+    def all_keys(self) -> Keys:
+        """The keys of the file and the one that was given. Raises UsageError where a public address has none."""
+        found = list(Keys.read(self.keys).keys) if self.keys else []
+        if self.api_key:
+            if not is_local(self.host) and len(self.api_key) < MIN_KEY:
+                raise UsageError(
+                    f"a key of {len(self.api_key)} characters can be guessed, and {self.host} can be reached by others",
+                    hint=f"at least {MIN_KEY} characters, or let one be made: --keys FILE --new-key NAME",
+                )
+            found.append(Key("api-key", hash_of(self.api_key), ("models", "inference", "metrics")))
+        if not found and not is_local(self.host):
+            raise UsageError(
+                f"{self.host} can be reached by others, and there is no key",
+                hint="make one: lyceum serve --keys FILE --new-key NAME; then add --keys FILE",
+            )
+        return Keys(found)
+
+
+def is_local(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
+    """Load models and answer until the process is told to end.
+
+    models: name -> checkpoint folder; the first is the default.
+    Raises UsageError for an address without keys or that is taken, CheckpointError for a model that cannot be read.
+    """
+    keys = config.all_keys()
+    listening = listen(config.host, config.port)
+    try:
+        served = [load(name, folder, max_batch=config.max_batch) for name, folder in models.items()]
+        service = Service(served, limits=config.limits)
+        hosts = (*config.allow_host, config.host) if not is_any(config.host) else config.allow_host
+        app = make_app(service, keys=keys, hosts=hosts, origins=config.allow_origin)
+        port = listening.getsockname()[1]
+        scheme = "https" if config.certificate else "http"
+        shown = f"[{config.host}]" if ":" in config.host else config.host
+        names = ", ".join(service.models)
+        said = f"serving {names} at {scheme}://{shown}:{port} (the API: {scheme}://{shown}:{port}/v1); Ctrl-C ends it"
+        Server(uvicorn_config(app, config), said).run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+def is_any(host: str) -> bool:
+    """Whether an address stands for all of this machine's."""
+    return host in ("0.0.0.0", "::", "")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound already, so that an address which is taken is said before a model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host.strip("[]"), port))
+    except OSError as error:
+        listening.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}", hint="choose another --port, or 0 for any"
+        ) from None
+    return listening
+
+
+def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn is run."""
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, limits=config.limits),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        limit_concurrency=config.limits.connections,
+        h11_max_incomplete_event_size=config.limits.header_bytes,
+        ssl_certfile=config.certificate or None,
+        ssl_keyfile=config.private_key or None,
+    )
+
+
+class Server(uvicorn.Server):
+    """A server that says where it is, once it answers."""
+
+    def __init__(self, config: uvicorn.Config, said: str):
+        super().__init__(config)
+        self._said = said
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._said, flush=True)
+
+
+class Connection(H11Protocol):
+    """One connection, which is cut when its client keeps it waiting."""
+
+    def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._clock: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """The client has come: its first request must follow."""
+        super().connection_made(transport)
+        self._expect(self._limits.header_s)
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of a request; until its headers are whole, the clock runs."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unexpect()
+        elif self._clock is None:
+            self._expect(self._limits.header_s)
+
+    def pause_writing(self) -> None:
+        """The client does not read."""
+        super().pause_writing()
+        self._unexpect()
+        self._expect(self._limits.stall_s)
+
+    def resume_writing(self) -> None:
+        """It has read on."""
+        super().resume_writing()
+        self._unexpect()
+
+    def on_response_complete(self) -> None:
+        """An answer has been sent; the next request has its own time."""
+        super().on_response_complete()
+        self._unexpect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone."""
+        self._unexpect()
+        super().connection_lost(exc)
+
+    def _expect(self, seconds: float) -> None:
+        self._clock = asyncio.get_running_loop().call_later(seconds, self._cut)
+
+    def _unexpect(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _cut(self) -> None:
+        self._clock = None
+        if self.transport is not None:
+            self.transport.abort()

@@ -1,0 +1,233 @@
+"""Servers in the test's own process, on real sockets, with models whose replies are known beforehand."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lyceum.engine.engine import Engine
+from lyceum.model.spec import ModelSpec
+from lyceum.model.transformer import Decoder
+from lyceum.serve.app import make_app
+from lyceum.serve.limits import Keys, Limits
+from lyceum.serve.models import Pooling, Served, serve
+from lyceum.serve.server import Server, ServerConfig, listen, uvicorn_config
+from lyceum.serve.service import Service
+from lyceum.tokens.chat import ChatFormat
+from lyceum.tokens.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    texts = ["user\nassistant\nsystem\ntool\n"] * 50 + ["the reply to the question is in the library "] * 50
+    return Tokenizer.train(texts, 330)
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer: Tokenizer) -> ChatFormat:
+    return ChatFormat(tokenizer)
+
+
+class Chain(nn.Module):
+    """Says what follows the last token in a chain of tokens, whoever else is in the batch; `pause_s` before each step."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int = 512):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.next = torch.full((tokenizer.vocab_size,), tokenizer.turn_end_id)
+        self.spec = SimpleNamespace(vocab_size=tokenizer.vocab_size, context_length=context_length, width=1)
+        self.pause_s = 0.0
+        self.error: Exception | None = None
+
+    def says(self, ids: list[int], after: int) -> None:
+        """From the token `after` on it says these, then whatever follows the last of them."""
+        for before, token in zip([after, *ids], ids, strict=False):
+            self.next[before] = token
+
+    def forward(self, tokens_BT: Tensor, *, cache: object = None) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        time.sleep(self.pause_s)
+        return tokens_BT.unsqueeze(-1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return 50.0 * nn.functional.one_hot(self.next[hidden[..., 0]], len(self.next)).float()
+
+
+def bytewise(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text as the tokens of its bytes; a chain can say it if no byte is there twice."""
+    single = {piece: number for number, piece in enumerate(tokenizer.token_bytes) if len(piece) == 1}
+    return [single[bytes([byte])] for byte in text.encode()]
+
+
+@pytest.fixture
+def chain(tokenizer: Tokenizer, chat: ChatFormat) -> Callable[..., Chain]:
+    """A model that answers any conversation with a text (each byte at most once), or with given ids."""
+
+    def make(reply: str | list[int] = "", *, after: int | None = None, **settings: Any) -> Chain:
+        model = Chain(tokenizer, **settings)
+        ids = bytewise(tokenizer, reply) if isinstance(reply, str) else reply
+        if ids:
+            model.says(ids, chat._reply_header[-1] if after is None else after)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def decoder(tokenizer: Tokenizer) -> Decoder:
+    """Two layers of random weights, logits far from flat."""
+    spec = ModelSpec(tokenizer.vocab_size, 2, 32, 4, 2, head_width=8, ffn_width=64, context_length=1024)
+    made = Decoder(spec, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.dim() > 1:
+                weight *= 5
+    return made
+
+
+class Running:
+    """A server that answers, and ways to ask it."""
+
+    def __init__(self, service: Service, app: Any, limits: Limits):
+        self.service, self.app = service, app
+        self.clients: list[openai.OpenAI] = []
+        config = ServerConfig(port=0, limits=limits)
+        self.socket = listen(config.host, 0)
+        self.port: int = self.socket.getsockname()[1]
+        self.server = Server(uvicorn_config(app, config), "")
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self, key: str = "any", **settings: Any) -> openai.OpenAI:
+        self.clients.append(
+            openai.OpenAI(base_url=self.url + "/v1", api_key=key, **{"max_retries": 0, "timeout": 30, **settings})
+        )
+        return self.clients[-1]
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> SimpleNamespace:
+        """One request over a connection of its own: status, headers, text, json."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        kind = {"content-type": "application/json"} if sent is not None else {}
+        connection.request(method, path, sent, {**kind, **(headers or {})})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        found = SimpleNamespace(status=answer.status, headers=answer.headers, text=content.decode(), json=None)
+        if answer.headers.get("content-type", "").startswith("application/json"):
+            found.json = json.loads(content)
+        return found
+
+    def post(self, path: str, body: Any, **headers: str) -> SimpleNamespace:
+        return self.ask("POST", path, body, headers)
+
+    def open_stream(self, path: str, body: Any) -> socket.socket:
+        """A raw connection on which a request was sent and the answer is not yet read."""
+        content = json.dumps(body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        return connection
+
+    def idle(self, within_s: float = 5.0) -> bool:
+        """Whether the engines have nothing to do, soon."""
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            if all(not served.seat.live for served in self.service.models.values()) and not self.service.quota.running:
+                return True
+            time.sleep(0.005)
+        return False
+
+    def serve(self, models: list[Served]) -> None:
+        """From now on these models are served."""
+        self.service.models = {served.name: served for served in models}
+        self.service.worker.seats = [served.seat for served in models]
+
+    def leave(self) -> None:
+        """Close the clients."""
+        for client in self.clients:
+            client.close()
+        self.clients.clear()
+
+    def close(self) -> None:
+        self.leave()
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.socket.close()
+
+
+@pytest.fixture(scope="session")
+def usual(tokenizer: Tokenizer) -> Iterator[Running]:
+    """A server with the usual settings, for one test after another: it costs half a second to start."""
+    service = Service([of_model("none", Chain(tokenizer), tokenizer)])
+    running = Running(service, make_app(service), service.limits)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def start(usual: Running, tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
+    """A server with models (name=model): the usual one, or with settings one of its own that ends with the test."""
+    running: list[Running] = [usual]
+
+    def make(
+        *, limits: Limits | None = None, keys: Keys | None = None, max_batch: int = 8,
+        can_insert: bool = False, pooling: Pooling | None = None,
+        hosts: tuple[str, ...] = (), origins: tuple[str, ...] = (), **models: nn.Module,
+    ) -> Running:  # fmt: skip
+        served = [of_model(name, model, tokenizer, max_batch, can_insert, pooling) for name, model in models.items()]
+        if not (limits or keys or hosts or origins):
+            usual.serve(served)
+            return usual
+        service = Service(served, limits=limits)
+        app = make_app(service, keys=keys, hosts=hosts, origins=origins)
+        running.append(Running(service, app, service.limits))
+        return running[-1]
+
+    yield make
+    usual.leave()
+    for one in running[1:]:
+        one.close()
+
+
+def of_model(
+    name: str,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    max_batch: int = 8,
+    can_insert: bool = False,
+    pooling: Pooling | None = None,
+) -> Served:
+    engine = Engine(model, max_batch=max_batch, token_bytes=tokenizer.token_bytes)
+    return serve(name, engine, tokenizer, can_insert=can_insert, pooling=pooling, created=1, fingerprint="abc")
+
+
+def events(text: str) -> list[Any]:
+    """The events of a stream, the last one `[DONE]`."""
+    found = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    return [one if one == "[DONE]" else json.loads(one) for one in found]
+
+
+@pytest.fixture(scope="session")
+def read_events() -> Callable[[str], list[Any]]:
+    return events
