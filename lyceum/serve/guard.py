@@ -4,8 +4,8 @@ In this order, the cheapest first: the Host (a name that an attacker's page reso
 (a page of another site may not use what the browser can reach), the key and its scope, then the body, which is read here
 whole, within its bounds of bytes and seconds. The route finds `caller(request)` and `body(request)`.
 
-Only `/health`, `/ready` and the chat page's own files are open without a key: everything else is shut unless it is opened here, so that a new route
-is not forgotten. An address as the Host is always ours: a page cannot give an address as its own name.
+Only `/health`, `/ready` and the chat page's own files are open without a key: everything else is shut unless it is opened
+here, so that a new route is not forgotten. An address as the Host is always ours: a page cannot give an address as its own name.
 
 What it is not: the bounds of single fields (`lyceum.serve.protocol`), nor those of callers (`lyceum.serve.limits.Quota`).
 """
