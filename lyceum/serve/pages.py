@@ -341,7 +341,7 @@ class Desk:
                 for about in found
             ]
             return {"conversations": rows, "next": None}
-        page = await self.ask(self.store.list, caller.id, limit=PAGE, after=before or None)
+        page = await self.ask(self.store.latest, caller.id, limit=PAGE, after=before or None)
         return {
             "conversations": [conversation_json(about) for about in page],
             "next": page[-1].id if len(page) == PAGE else None,

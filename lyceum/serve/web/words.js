@@ -75,7 +75,6 @@ const WORDS = {
   answer_right: ["Answer on the right", "右边的回答"],
   judge_first: ["Choose one of the two answers first.", "请先在两个回答中选择一个。"],
   you: ["You", "你"],
-  thinking: ["Answering", "正在回答"],
   answer_done: ["The answer is complete.", "回答完毕。"],
   stopped: ["Stopped", "已停止"],
   cut: ["Cut off at the token limit", "达到长度上限，回答被截断"],
@@ -110,7 +109,6 @@ const WORDS = {
   light: ["Light", "浅色"],
   dark: ["Dark", "深色"],
   language: ["Language", "语言"],
-  feedback: ["Feedback", "反馈"],
   key_needed: ["This server needs a key", "这个服务器需要密钥"],
   key_hint: ["It stays in this tab and is forgotten when you close it.", "密钥只保存在这个标签页里，关闭后即忘记。"],
   key: ["API key", "API 密钥"],
@@ -128,7 +126,6 @@ const WORDS = {
   short_again: ["Regenerate the last answer", "重新生成最后一个回答"],
   short_settings: ["Settings", "设置"],
   short_help: ["These shortcuts", "查看快捷键"],
-  or: ["then", "然后"],
 };
 
 export const LANGUAGES = { en: "English", zh: "中文" };
