@@ -37,6 +37,7 @@ from lyceum.serve.tree import StoredMessage
 
 TELL_EVERY_S = 0.04  # to one reader; a frame or two of a screen
 MAX_SPEEDS = 10_000  # of the latest answers
+LEAST_S = 0.02  # in which a speed can be measured
 LOOK_EVERY_S = 1.0  # at an answer that another server writes
 Told = dict[str, Any]
 AsJson = Callable[[StoredMessage], Told]
@@ -208,7 +209,7 @@ class Answers:
         running.add(running.text.close())
         num_prompt = len(running.prompt.ids) - running.prompt.num_begun
         num_made = running.num_tokens + running.prompt.num_begun
-        if running.num_tokens > 1 and running.seconds > 0:
+        if running.num_tokens > 1 and running.seconds > LEAST_S:
             self.speeds[running.draft.message] = (running.num_tokens - 1) / running.seconds
             if len(self.speeds) > MAX_SPEEDS:
                 del self.speeds[next(iter(self.speeds))]

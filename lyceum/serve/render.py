@@ -186,8 +186,9 @@ def _render_code(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str
     token = tokens[at]
     language = (token.info.split() or [""])[0].lower()
     language = language if re.fullmatch(r"[a-z0-9+#._-]{1,30}", language) else ""
+    code = token.content.removesuffix("\n")  # the end of the last line, which some browsers show as a line
     named = f' data-language="{language}"' if language else ""
-    return f"<pre{named}><code>{_highlighted(token.content, language)}</code></pre>\n"
+    return f"<pre{named}><code>{_highlighted(code, language)}</code></pre>\n"
 
 
 def _highlighted(code: str, language: str) -> str:

@@ -119,9 +119,9 @@ def test_the_parts_of_markdown_become_html() -> None:
 def test_code_is_highlighted_by_its_language_and_kept_to_the_letter() -> None:
     html = shown("```python\ndef f(x):\n    return x < 1\n\n\n```")
     assert html.startswith('<pre data-language="python"><code><span class="k">def</span>')
-    assert Seen(html).words == "def f(x):\n    return x < 1\n\n\n"
-    assert shown("```unheard-of\na < b\n```") == '<pre data-language="unheard-of"><code>a &lt; b\n</code></pre>'
-    assert shown("    a < b") == "<pre><code>a &lt; b\n</code></pre>"
+    assert Seen(html).words == "def f(x):\n    return x < 1\n\n"
+    assert shown("```unheard-of\na < b\n```") == '<pre data-language="unheard-of"><code>a &lt; b</code></pre>'
+    assert shown("    a < b") == "<pre><code>a &lt; b</code></pre>"
 
 
 def test_links_lead_out_without_a_trace_and_pictures_are_links() -> None:

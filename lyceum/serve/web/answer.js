@@ -1,7 +1,7 @@
 // One answer's text on the page, whole or while it grows: finished blocks are put there once and stay; the last one is put
 // anew when the server sends it, and what has come since is written behind it as plain text.
 
-import { fragment, h, sign } from "./html.js";
+import { fragment, h, icon, sign } from "./html.js";
 import { t } from "./words.js";
 
 const COPIED_MS = 1500;
@@ -91,7 +91,6 @@ export async function copyText(text, button) {
   if (!button) return;
   const before = [...button.childNodes];
   const title = button.title;
-  const { icon } = await import("./html.js");
   button.replaceChildren(icon("check"));
   button.title = t("copied");
   setTimeout(() => {

@@ -7,6 +7,7 @@ import { t } from "./words.js";
 export function toast(text, { label = null, act = null, ms = 4000 } = {}) {
   let place = document.querySelector(".toasts");
   if (!place) document.body.append((place = h("div", { class: "toasts", role: "status" })));
+  if (place.lastChild?.firstChild.textContent === text && !act) place.lastChild.remove();
   const note = h("div", { class: "toast" }, h("span", {}, text));
   const end = () => note.remove();
   if (label) note.append(h("button", { type: "button", onclick: () => { end(); act(); } }, label));

@@ -90,11 +90,12 @@ class Page {
     this.two.title = t("two_hint");
     this.draft.setAttribute("aria-label", t("ask_placeholder"));
     const { studied, cannot, ask } = this.start.about;
-    this.hello.replaceChildren(
+    this.hello.replaceChildren(...[
       h("h2", {}, t("hello")),
       studied ? h("p", {}, t("studied", { what: studied }), cannot ? ` ${cannot}` : "") : null,
       h("div", { class: "questions" }, (ask ?? []).slice(0, 3).map((question) =>
-        h("button", { type: "button", onclick: () => this.say(question) }, h("span", {}, question), icon("onward")))));
+        h("button", { type: "button", onclick: () => this.say(question) }, h("span", {}, question), icon("onward")))),
+    ].filter(Boolean));
     this.sidebar.translate();
     this.settings.show(this.chat);
     for (const node of this.thread.nodes.values()) node.mark = null;
@@ -237,7 +238,7 @@ class Page {
 
   async begin(content) {
     const draftName = this.draftName;
-    const { title } = { title: content.split("\n")[0].slice(0, 80) };
+    const title = content.split("\n")[0].slice(0, 80);
     const conversation = await api.create({ title, system: this.chat.system, parameters: this.kept() });
     memory.set(draftName, null);
     this.open = conversation.id;

@@ -124,7 +124,7 @@ export class Settings {
   number([name, least, most, step, standard], hasSlider, tell) {
     const value = this.chat.parameters[name];
     const field = h("input", {
-      type: "number", name, min: least, max: most, step, value: value ?? "", placeholder: standard ?? "–", inputmode: "decimal",
+      type: "number", name, min: least, max: most, step, value: value ?? "", placeholder: standard ?? "–", "aria-label": t(name), inputmode: "decimal",
     });
     const slider = hasSlider && h("input", {
       type: "range", min: least, max: most, step, value: value ?? standard, tabindex: -1, "aria-hidden": "true",

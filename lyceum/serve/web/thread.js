@@ -23,6 +23,8 @@ export class Thread {
     this.live = h("div", { class: "hidden", "aria-live": "polite" });
     this.element = h("div", { class: "thread", tabindex: -1, onscroll: () => this.scrolled() }, this.column, this.live);
     this.toBottom = sign("bottom", t("to_bottom"), () => this.bottom(true), { class: "sign to-bottom", hidden: true });
+    // messages out of sight have a guessed height until they are seen
+    new ResizeObserver(() => { if (this.isFollowing) this.bottom(); }).observe(this.column);
     this.clear();
   }
 
@@ -284,7 +286,6 @@ export class Thread {
   async goOn(message) {
     const said = await this.attempt(() => api.goOn(message.id));
     if (!said) return;
-    this.nodes.get(message.id).text.whole([]);
     this.put(said.message);
     this.follow(this.messages.get(message.id));
   }
