@@ -6,6 +6,7 @@
     lyceum serve runs/demo              its API over HTTP
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
+    lyceum feedback export runs/demo --to rankings.jsonl    what people said about its answers, to learn from
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
 long as all of Python's start (0.32 s where this takes 0.06). No verb's package is imported before the verb is known.
@@ -99,6 +100,19 @@ def make_parser() -> Parser:
     export.add_argument("-o", "--out", default="", metavar="FILE", help="by default named after the model, here")
     export.add_argument("--stage", default="", help="which section of the run; by default the most schooled")
     export.set_defaults(do=_export)
+
+    feedback = _verb(verbs, "feedback", "what people said about answers, as files to learn from")
+    deeds = feedback.add_subparsers(dest="deed", metavar="export", required=True)
+    export = _verb(deeds, "export", "write rankings, ratings or corrections, and a held-out share of them")
+    export.add_argument("path", metavar="RUN_OR_STORE", help="a run's folder, a store's file, or its address")
+    export.add_argument("--to", required=True, metavar="FILE.jsonl", help="held-out rows go to FILE-held-out.jsonl")
+    export.add_argument(
+        "--format",
+        default="rankings",
+        help="rankings (default), ratings or conversations: ours; trl, hh: pairs; kto: thumbs; messages, sharegpt: corrections",
+    )
+    export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
+    export.set_defaults(do=_feedback_export)
 
     for name, kind in KINDS.items():
         verb = _verb(verbs, name, kind.help)
@@ -231,6 +245,12 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{done.path}: {done.num_bytes / 1e6:.1f} MB; tensors: {counts}")
     if done.kept_f16:
         print(f"f16 instead of q8_0, because their rows are no multiple of 32 numbers: {', '.join(done.kept_f16)}")
+
+
+def _feedback_export(args: argparse.Namespace) -> None:
+    from lyceum.cli import feedback
+
+    print(feedback.export(args.path, args.to, args.format, args.held_out))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

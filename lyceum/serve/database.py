@@ -193,8 +193,16 @@ def _engine(address: str) -> Engine:
 
 def _on_connect(connection: sqlite3.Connection, record: Any) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves, or tables would be made outside of any transaction
-    for pragma in ("journal_mode = WAL", "foreign_keys = ON", "secure_delete = ON"):
+    for pragma in ("foreign_keys = ON", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
+    until = time.monotonic() + BUSY_S
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:  # another one is just doing it: here SQLite itself does not wait
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _on_begin(connection: Connection) -> None:

@@ -27,7 +27,7 @@ from lyceum.corpus.records import Conversation, Message
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve.database import Database
 from lyceum.serve.tables import JUDGEMENTS
-from lyceum.serve.tree import StoredMessage, messages_of, need_whole, new_id, own, own_message, path_to
+from lyceum.serve.tree import StoredMessage, messages_of, need_owner, need_whole, new_id, own, own_message, path_to
 
 KINDS = ("rating", "correction", "comparison", "ranking")
 MOST_ANSWERS = 16  # side by side; nobody ranks more with care
@@ -158,7 +158,7 @@ class Judgements:
 
     def of(self, owner: str, conversation: str | None = None) -> list[Judgement]:
         """An owner's judgements, in one conversation or in all, oldest first. Raises NotFound."""
-        query = select(JUDGEMENTS).where(JUDGEMENTS.c.owner == owner).order_by(JUDGEMENTS.c.number)
+        query = select(JUDGEMENTS).where(JUDGEMENTS.c.owner == need_owner(owner)).order_by(JUDGEMENTS.c.number)
         with self.database.reading() as connection:
             if conversation is not None:
                 own(connection, owner, conversation)
@@ -168,7 +168,7 @@ class Judgements:
     def withdraw(self, owner: str, judgement: str) -> None:
         """Take a judgement back: it is deleted. Raises NotFound."""
         with self.database.writing() as connection:
-            mine = (JUDGEMENTS.c.id == judgement, JUDGEMENTS.c.owner == owner)
+            mine = (JUDGEMENTS.c.id == judgement, JUDGEMENTS.c.owner == need_owner(owner))
             if not connection.execute(delete(JUDGEMENTS).where(*mine)).rowcount:
                 raise NotFound(f"there is no judgement {judgement!r}")
 

@@ -26,7 +26,7 @@ from sqlalchemy import Row, delete, insert, select
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve.database import Database
 from lyceum.serve.tables import KEYS
-from lyceum.serve.tree import new_id
+from lyceum.serve.tree import need_owner, new_id
 
 PREFIX = "sk-lyceum-"
 
@@ -69,7 +69,7 @@ class Keys:
         if not name.strip() or not scopes or days < 0:
             raise StoreError(f"a key needs a name, scopes and an end to come: {name!r}, {list(scopes)}, {days:g} days")
         now, secret, id = time.time(), PREFIX + secrets.token_urlsafe(32), new_id("key")
-        row = {"id": id, "name": name, "owner": owner or id, "scopes": list(scopes), "created": now}
+        row = {"id": id, "name": name, "owner": need_owner(owner or id), "scopes": list(scopes), "created": now}
         row |= {"expires": now + 86400 * days if days else 0.0, "hash": hash_of(secret)}
         with self.database.writing() as connection:
             return _key(connection.execute(insert(KEYS).values(row).returning(KEYS)).one()), secret

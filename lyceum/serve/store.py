@@ -46,6 +46,7 @@ from lyceum.serve.tree import (
     Thread,
     as_conversation,
     messages_of,
+    need_owner,
     need_whole,
     new_id,
     newest_leaf,
@@ -111,7 +112,7 @@ class Store:
         now = time.time()
         row: dict[str, Any] = {
             "id": new_id("conv"),
-            "owner": owner,
+            "owner": need_owner(owner),
             "title": _title(title),
             "pinned": False,
             "system": storable(system),
@@ -131,7 +132,12 @@ class Store:
         """The owner's conversations: pinned ones first, then the latest; `after`: the id that the page before ended with."""
         table = CONVERSATIONS.c
         order = (table.pinned, table.updated, table.number)
-        query = select(CONVERSATIONS).where(table.owner == owner).order_by(*(one.desc() for one in order)).limit(limit)
+        query = (
+            select(CONVERSATIONS)
+            .where(table.owner == need_owner(owner))
+            .order_by(*(one.desc() for one in order))
+            .limit(limit)
+        )
         with self.database.reading() as connection:
             if after is not None:
                 last = own(connection, owner, after)
@@ -333,6 +339,7 @@ class Store:
             limit: most titles, and most messages.
             before: the last message's `cursor`, for the page behind it; titles are on the first page only.
         """
+        need_owner(owner)
         with self.database.reading() as connection:
             found = [] if before is not None else terms.find(connection, "conversations", owner, query, limit, None)
             hits = [Hit(row["conversation"], None, row["content"], row["number"]) for row in found]

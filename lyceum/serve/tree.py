@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, Select, select, update
 from lyceum.corpus.records import Message, ToolCall
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve.drafts import INTERRUPTED, LEASE_S
-from lyceum.serve.tables import CONVERSATIONS, MESSAGES
+from lyceum.serve.tables import CONVERSATIONS, MESSAGES, storable
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,20 @@ def new_id(kind: str) -> str:
 # -------------------------------------------------------------------------------- rows, for their owner alone
 
 
+def need_owner(owner: str) -> str:
+    """An owner as given. Raises StoreError for a name that the databases would take for another's."""
+    if not owner or owner != storable(owner):
+        raise StoreError(f"{owner!r} cannot be an owner", hint="text of at least one character, without NUL")
+    return owner
+
+
 def own(connection: Connection, owner: str, conversation: str, *, for_change: bool = False) -> Row[Any]:
     """The row of an owner's conversation; `for_change` keeps others from changing it until the transaction ends.
 
     Raises:
         NotFound: there is none.
     """
-    query = select(CONVERSATIONS).where(CONVERSATIONS.c.id == conversation, CONVERSATIONS.c.owner == owner)
+    query = select(CONVERSATIONS).where(CONVERSATIONS.c.id == conversation, CONVERSATIONS.c.owner == need_owner(owner))
     row = connection.execute(_for_change(query, for_change)).first()
     if row is None:
         raise NotFound(f"there is no conversation {conversation!r}")
@@ -125,7 +132,9 @@ def own_message(connection: Connection, owner: str, message: str, *, for_change:
         NotFound: there is none.
     """
     joined = MESSAGES.join(CONVERSATIONS, CONVERSATIONS.c.id == MESSAGES.c.conversation)
-    query = select(MESSAGES).select_from(joined).where(MESSAGES.c.id == message, CONVERSATIONS.c.owner == owner)
+    query = (
+        select(MESSAGES).select_from(joined).where(MESSAGES.c.id == message, CONVERSATIONS.c.owner == need_owner(owner))
+    )
     row = connection.execute(_for_change(query, for_change)).first()
     if row is None:
         raise NotFound(f"there is no message {message!r}")

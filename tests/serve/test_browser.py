@@ -20,7 +20,9 @@ pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
 
 from lyceum.serve.limits import Key, Keys, hash_of
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
@@ -88,8 +90,16 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         tab = context.new_page()
         tab.set_default_timeout(20_000)
         tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("console", lambda said: wrong.append(said.text) if "Content Security" in said.text or "TrustedHTML" in said.text else None)
-        tab.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith((server.url, "blob:")) else None)
+        tab.on(
+            "console",
+            lambda said: (
+                wrong.append(said.text) if "Content Security" in said.text or "TrustedHTML" in said.text else None
+            ),
+        )
+        tab.on(
+            "request",
+            lambda asked: wrong.append(asked.url) if not asked.url.startswith((server.url, "blob:")) else None,
+        )
         tab.on("dialog", lambda box: wrong.append(box.message))
         tab.goto(server.url)
         tab.locator(waits_for).wait_for()
@@ -233,7 +243,11 @@ def test_thumbs_corrections_and_two_answers(page: Make, visit: Make) -> None:
     expect(tab.locator(".toast")).to_contain_text("Thank you")
     (id,) = [one.id for one in server.store.latest("everybody")]
     judged = server.store.judgements.of("everybody", id)
-    assert [one.value for one in judged] == [0.0, 0.0] and judged[-1].reason == "wrong; it is not so" and judged[-1].consent
+    assert (
+        [one.value for one in judged] == [0.0, 0.0]
+        and judged[-1].reason == "wrong; it is not so"
+        and judged[-1].consent
+    )
     last(tab).get_by_role("button", name="Correct this answer").click()
     tab.locator(".editing textarea").fill("**Right** answer.")
     shot(tab, "correction")
@@ -396,7 +410,12 @@ def test_a_key_is_asked_for_where_the_server_wants_one(page: Make, visit: Make) 
 
 
 def test_chinese_on_a_phone(page: Make, visit: Make) -> None:
-    server = page(lambda asked, params: "好的。**json.dumps** 把对象变成文本：\n\n```python\njson.dumps({'a': 1})\n```\n\n就是这样。", about=ABOUT)
+    server = page(
+        lambda asked, params: (
+            "好的。**json.dumps** 把对象变成文本：\n\n```python\njson.dumps({'a': 1})\n```\n\n就是这样。"
+        ),
+        about=ABOUT,
+    )
     tab = visit(server, locale="zh-CN", scheme="dark", width=390, height=844)
     expect(tab.locator(".hello h2")).to_have_text("想了解什么？")
     shot(tab, "phone-empty-zh-dark")
@@ -413,7 +432,15 @@ def test_chinese_on_a_phone(page: Make, visit: Make) -> None:
     tab.get_by_role("button", name="设置").click()
     shot(tab, "phone-settings-zh-dark")
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert not re.search(r"[A-Za-z]{4,}", tab.locator(".settings").inner_text().replace("Light", "").replace("demo", "").replace("English", "").replace("Top", ""))
+    assert not re.search(
+        r"[A-Za-z]{4,}",
+        tab.locator(".settings")
+        .inner_text()
+        .replace("Light", "")
+        .replace("demo", "")
+        .replace("English", "")
+        .replace("Top", ""),
+    )
 
 
 # -- what is hostile, what is large ------------------------------------------------------------------------------------
@@ -436,11 +463,19 @@ def test_hostile_answers_titles_and_names_run_nothing(page: Make, visit: Make) -
     tab.wait_for_timeout(300)
     tab.reload()
     last(tab).locator(".prose").wait_for()
-    assert tab.locator(".thread :is(script, img, iframe, style, form[action], svg:not(.icon), object, embed)").count() == 0
-    assert tab.evaluate("[...document.querySelectorAll('.thread *')].every(e => e.getAttributeNames().every(n => !n.startsWith('on')))")
-    for address in tab.evaluate("[...document.querySelectorAll('.thread a')].filter(a => a.hasAttribute('href')).map(a => a.href)"):
+    assert (
+        tab.locator(".thread :is(script, img, iframe, style, form[action], svg:not(.icon), object, embed)").count() == 0
+    )
+    assert tab.evaluate(
+        "[...document.querySelectorAll('.thread *')].every(e => e.getAttributeNames().every(n => !n.startsWith('on')))"
+    )
+    for address in tab.evaluate(
+        "[...document.querySelectorAll('.thread a')].filter(a => a.hasAttribute('href')).map(a => a.href)"
+    ):
         assert address.startswith(("http://", "https://", "mailto:")), address
-    assert tab.evaluate("(() => { try { document.body.innerHTML = '<b>x</b>'; return false } catch { return true } })()")
+    assert tab.evaluate(
+        "(() => { try { document.body.innerHTML = '<b>x</b>'; return false } catch { return true } })()"
+    )
     assert "broken" not in tab.title()
 
 
@@ -457,7 +492,9 @@ def test_a_conversation_of_500_messages_does_not_lag(page: Make, visit: Make) ->
     tab.locator(".sidebar li a").first.click()
     expect(tab.locator(".turn")).to_have_count(500)
     opened_s = time.monotonic() - start
-    assert tab.evaluate("(() => { const t = document.querySelector('.thread'); return t.scrollHeight - t.scrollTop - t.clientHeight < 100 })()")
+    assert tab.evaluate(
+        "(() => { const t = document.querySelector('.thread'); return t.scrollHeight - t.scrollTop - t.clientHeight < 100 })()"
+    )
     tab.evaluate(
         "() => { window.longest = 0; let at = performance.now(); const tick = (now) => "
         "{ window.longest = Math.max(window.longest, now - at); at = now; requestAnimationFrame(tick) }; requestAnimationFrame(tick) }"
@@ -490,7 +527,11 @@ def test_names_roles_contrast_and_focus(page: Make, visit: Make) -> None:
         seen = set()
         for _ in range(60):
             tab.keyboard.press("Tab")
-            seen.add(tab.evaluate("document.activeElement.title || document.activeElement.ariaLabel || document.activeElement.name || ''"))
+            seen.add(
+                tab.evaluate(
+                    "document.activeElement.title || document.activeElement.ariaLabel || document.activeElement.name || ''"
+                )
+            )
         assert {"Regenerate", "Good answer", "Settings", "system", "temperature"} <= seen
 
 

@@ -25,7 +25,9 @@ def begin(server: Any, **given: Any) -> str:
     return server.post("/api/conversations", given).json["id"]
 
 
-def say(server: Any, id: str, content: str, parent: str | None = None, models: list[str] | None = None, **parameters: Any) -> Any:
+def say(
+    server: Any, id: str, content: str, parent: str | None = None, models: list[str] | None = None, **parameters: Any
+) -> Any:
     given = {"parent": parent, "content": content, "models": models or ["demo"], "parameters": parameters}
     return server.post(f"/api/conversations/{id}/turns", given)
 
@@ -71,7 +73,9 @@ def test_the_page_is_small_whole_and_under_a_strict_policy(page: Make) -> None:
     assert [file.name for file in WEB.iterdir() if "innerHTML" in file.read_text(encoding="utf-8")] == ["html.js"]
 
 
-@pytest.mark.parametrize("path", ["/web/../pages.py", "/web/%2e%2e/pages.py", "/web/index.html", "/web/none.js", "/web/"])
+@pytest.mark.parametrize(
+    "path", ["/web/../pages.py", "/web/%2e%2e/pages.py", "/web/index.html", "/web/none.js", "/web/"]
+)
 def test_only_the_pages_own_files_are_given(page: Make, path: str) -> None:
     assert page().ask("GET", path).status == 404
 
@@ -94,7 +98,9 @@ def test_both_languages_have_every_text() -> None:
 def test_start_tells_models_and_what_they_studied(page: Make) -> None:
     about = {"studied": "json and csv", "ask": ["What is json?"]}
     told = page(names=("demo", "older"), about=about).ask("GET", "/api/start").json
-    assert [model["id"] for model in told["models"]] == ["demo", "older"] and told["models"][0]["context_length"] == 4096
+    assert [model["id"] for model in told["models"]] == ["demo", "older"] and told["models"][0][
+        "context_length"
+    ] == 4096
     assert told["about"] == about and told["consent"] is True
 
 
@@ -103,7 +109,10 @@ def test_start_tells_models_and_what_they_studied(page: Make) -> None:
 
 def test_conversations_are_kept_changed_found_and_deleted(page: Make) -> None:
     server = page()
-    first, second = begin(server, title="Sums"), begin(server, title="词语", system="Be brief.", parameters={"top_k": 5})
+    first, second = (
+        begin(server, title="Sums"),
+        begin(server, title="词语", system="Be brief.", parameters={"top_k": 5}),
+    )
     listed = server.ask("GET", "/api/conversations").json
     assert [one["id"] for one in listed["conversations"]] == [second, first] and listed["next"] is None
     changed = server.ask("PATCH", f"/api/conversations/{first}", {"pinned": True, "title": "More sums"})
@@ -137,7 +146,9 @@ def test_an_export_holds_the_tree_and_the_judgements(page: Make) -> None:
     assert [one["content"] for one in told["messages"]] == ["one", "You said: one"]
     assert told["judgements"][0]["value"] == 1 and told["judgements"][0]["reason"] == "clear"
     text = server.ask("GET", f"/api/conversations/{id}/export?format=markdown").text
-    assert text == "# Export\n\n**System:**\n\nBe brief.\n\n**User:**\n\none\n\n**Assistant (demo):**\n\nYou said: one\n"
+    assert (
+        text == "# Export\n\n**System:**\n\nBe brief.\n\n**User:**\n\none\n\n**Assistant (demo):**\n\nYou said: one\n"
+    )
     assert server.ask("GET", f"/api/conversations/{id}/export?format=exe").status == 400
 
 
@@ -228,7 +239,9 @@ def test_regenerated_and_edited_messages_are_siblings(page: Make) -> None:
     server = page(lambda asked, params: f"{asked} {params.seed % 1000}")
     id = begin(server, system="Be kind.")
     user, one = whole(server, id, "first", seed=1)
-    (again,) = server.post(f"/api/messages/{one['id']}/again", {"models": ["demo"], "parameters": {"seed": 2}}).json["messages"]
+    (again,) = server.post(f"/api/messages/{one['id']}/again", {"models": ["demo"], "parameters": {"seed": 2}}).json[
+        "messages"
+    ]
     two = follow(server, again["id"])[-1]["message"]
     assert (one["parent"], two["parent"]) == (user, user) and [one["content"], two["content"]] == ["first 1", "first 2"]
     _, three = whole(server, id, "second", two["id"], seed=3)
@@ -276,10 +289,20 @@ def test_thumbs_are_kept_with_all_that_was_seen_and_taken_back(page: Make) -> No
     id = begin(server)
     _, answer = whole(server, id, "hello")
     for value, reason in ((1, ""), (-1, "wrong; not so")):
-        assert server.post(f"/api/messages/{answer['id']}/thumb", {"value": value, "reason": reason, "consent": True}).status == 200
+        assert (
+            server.post(
+                f"/api/messages/{answer['id']}/thumb", {"value": value, "reason": reason, "consent": True}
+            ).status
+            == 200
+        )
     assert opened(server, id)["messages"][1]["thumb"] == -1
     first, last = server.store.judgements.of("everybody", id)
-    assert last.value == 0 and last.reason == "wrong; not so" and last.consent and last.answers[0].said.content == "You said: hello"
+    assert (
+        last.value == 0
+        and last.reason == "wrong; not so"
+        and last.consent
+        and last.answers[0].said.content == "You said: hello"
+    )
     server.post(f"/api/messages/{answer['id']}/thumb", {"value": 0})
     assert not server.store.judgements.of("everybody", id) and "thumb" not in opened(server, id)["messages"][1]
     assert server.post(f"/api/messages/{answer['id']}/thumb", {"value": 2}).status == 400
@@ -291,7 +314,9 @@ def test_a_correction_takes_the_answers_place_and_what_follows_stays(page: Make)
     id = begin(server)
     _, answer = whole(server, id, "hello")
     _, later = whole(server, id, "more", answer["id"])
-    told = server.post(f"/api/messages/{answer['id']}/correction", {"content": "**Hello!**", "consent": True}).json["message"]
+    told = server.post(f"/api/messages/{answer['id']}/correction", {"content": "**Hello!**", "consent": True}).json[
+        "message"
+    ]
     assert told["blocks"] == ["<p><strong>Hello!</strong></p>"] and told["corrected"]
     messages = opened(server, id)["messages"]
     assert len(messages) == 4 and messages[1]["content"] == "**Hello!**" and messages[1]["corrected"]
@@ -348,7 +373,9 @@ def test_nobody_sees_or_touches_what_is_anothers(page: Make) -> None:
     other = server.ask("POST", "/api/conversations", {}, bob).json["id"]
     assert server.ask("POST", f"/api/conversations/{other}/turns", {**given, "parent": message}, bob).status == 404
     assert server.ask("PATCH", f"/api/conversations/{other}", {"leaf": message}, bob).status == 404
-    assert server.ask("GET", f"/api/conversations/{id}", None, alice).json["messages"][1]["content"] == "You said: hello"
+    assert (
+        server.ask("GET", f"/api/conversations/{id}", None, alice).json["messages"][1]["content"] == "You said: hello"
+    )
 
 
 def test_pages_of_another_site_may_not_ask(page: Make) -> None:
@@ -371,7 +398,8 @@ def test_many_may_look_on_and_all_see_the_same(page: Make) -> None:
     _, started = say(server, begin(server), "go").json["messages"]
     seen: list[str] = []
     threads = [
-        threading.Thread(target=lambda: seen.append(follow(server, started["id"])[-1]["message"]["content"])) for _ in range(6)
+        threading.Thread(target=lambda: seen.append(follow(server, started["id"])[-1]["message"]["content"]))
+        for _ in range(6)
     ]
     for thread in threads:
         thread.start()

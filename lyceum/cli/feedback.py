@@ -1,0 +1,29 @@
+"""``lyceum feedback export``: what people said about answers, as files to learn from, with a word on what was left out."""
+
+from __future__ import annotations
+
+from lyceum.errors import UsageError
+
+
+def export(place: str, to: str, format: str, held_out: float) -> str:
+    """Write the feedback of a run or a store; returns what was done, for a person.
+
+    Raises:
+        UsageError: the packages of the service are not installed; whatever `lyceum.serve.feedback.export` raises.
+    """
+    try:
+        from lyceum.serve import feedback
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sqlalchemy":
+            raise
+        raise UsageError(
+            "a store needs SQLAlchemy, which is not installed", hint="pip install 'lyceum[serve]'"
+        ) from None
+    done = feedback.export(place, to, format, held_out=held_out)
+    lines = [f"{done.num_judgements} judgements, {done.num_records} {feedback.FORMATS[format].of}"]
+    lines.append(f"{done.path}: {done.num_rows} rows")
+    if done.held_out_path is not None:
+        lines.append(f"{done.held_out_path}: {done.num_held_out} rows, held out by prompt")
+    if done.left_out:
+        lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(done.left_out.items())))
+    return "\n".join(lines)
