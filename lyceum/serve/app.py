@@ -64,6 +64,7 @@ from lyceum.tokens.tokenizer import ABSENT
 
 W = TypeVar("W", bound=Wish)
 T = TypeVar("T")
+WRITE_BYTES = 16 << 10  # events that are there already are written together, up to so many
 PING_S = 15.0  # of silence, after which a stream shows that it lives
 NOTHING_OUT: TelemetryConfig = {
     "tracing": False,
@@ -322,12 +323,16 @@ class EventStream(Response):
         others = [asyncio.ensure_future(listen()), asyncio.ensure_future(ping())]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            waiting = b""
             try:
                 async for content in self.opened.chunks():
-                    await write(event(content))
-                await write(DONE)
+                    waiting += event(content)
+                    if not self.opened.job.has_news or len(waiting) > WRITE_BYTES:
+                        await write(waiting)
+                        waiting = b""
+                await write(waiting + DONE)
             except Exception as error:
-                await write(event(told(error).content))
+                await write(waiting + event(told(error).content))
             for other in others:
                 other.cancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -138,6 +138,11 @@ class Job:
                 metrics.cached_tokens.labels(name).inc(one.output.num_reused)
             yield one
 
+    @property
+    def has_news(self) -> bool:
+        """Whether more has come already."""
+        return self.ticket.has_news
+
     def close(self) -> None:
         """It is over, or nobody waits for it any more. May be called again."""
         if not self._is_open:

@@ -73,7 +73,7 @@ class Ticket:
     num_left: int = 0
     num_made: int = 0  # tokens told so far
     is_accepted: bool = False
-    _news: list[News] = field(default_factory=list)
+    _news: deque[News] = field(default_factory=deque)
     _error: Exception | None = None
     _is_closed: bool = False
     _waiter: asyncio.Future[None] | None = None
@@ -87,21 +87,20 @@ class Ticket:
         if self._error is not None:
             raise self._error
 
-    async def news(self) -> list[News]:
-        """What has come since; waits for something. Empty when all are finished. Raises what went wrong."""
-        while not self._news and self._error is None and self.num_left and not self._is_closed:
-            await self._wait()
-        if self._news:
-            found, self._news = self._news, []
-            return found
-        if self._error is not None:
-            raise self._error
-        return []
+    @property
+    def has_news(self) -> bool:
+        """Whether something has come that was not read yet."""
+        return bool(self._news)
 
     async def __aiter__(self) -> AsyncIterator[News]:
-        while found := await self.news():
-            for one in found:
-                yield one
+        while self.num_left or self._news:
+            while not self._news:
+                if self._error is not None:
+                    raise self._error
+                if self._is_closed:
+                    return
+                await self._wait()
+            yield self._news.popleft()
 
     def close(self) -> None:
         """Wake whoever waits: nothing more comes."""

@@ -222,7 +222,7 @@ def test_no_bytes_break_a_route(start: Callable, chain: Callable, path: str) -> 
     server = start(m=chain("ab"), limits=Limits(body_bytes=2000))
     right = {"model": "m", "messages": ASK["messages"], "prompt": "x", "tokens": [1], "input": "x", "instruction": "y"}
 
-    @settings(max_examples=150)
+    @settings(max_examples=80)
     @given(st.binary(max_size=200) | BODIES.map(lambda body: json.dumps({**right, **body}).encode()))
     def ask(body: bytes) -> None:
         answer = server.post(path, body)
