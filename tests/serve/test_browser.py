@@ -18,7 +18,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
 
-from lyceum.serve.limits import Key, Keys, hash_of
+from lyceum.serve.limits import Key, Keys, hash_of  # noqa: E402
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -497,7 +497,8 @@ def test_a_conversation_of_500_messages_does_not_lag(page: Make, visit: Make) ->
     )
     tab.evaluate(
         "() => { window.longest = 0; let at = performance.now(); const tick = (now) => "
-        "{ window.longest = Math.max(window.longest, now - at); at = now; requestAnimationFrame(tick) }; requestAnimationFrame(tick) }"
+        "{ window.longest = Math.max(window.longest, now - at); at = now; requestAnimationFrame(tick) }; "
+        "requestAnimationFrame(tick) }"
     )
     tab.evaluate("window.longest = 0")
     ask(tab, "One more")
@@ -514,8 +515,8 @@ def test_names_roles_contrast_and_focus(page: Make, visit: Make) -> None:
         ask(tab, "hello")
         tab.get_by_role("button", name="Settings").click()
         nameless = tab.evaluate(
-            "[...document.querySelectorAll('button, input, select, textarea')].filter(e => e.checkVisibility() && !e.ariaHidden && "
-            "!(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map(e => e.outerHTML)"
+            "[...document.querySelectorAll('button, input, select, textarea')].filter(e => "
+            "e.checkVisibility() && !e.ariaHidden && !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map(e => e.outerHTML)"
         )
         assert nameless == []
         pale = tab.evaluate(CONTRAST)
@@ -546,8 +547,11 @@ CONTRAST = """() => {
   const found = [];
   for (const e of document.querySelectorAll('#app *')) {
     const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
-    if (!own || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.closest('.hidden, :disabled')) continue;
-    if ([...function*() { for (let p = e; p; p = p.parentElement) yield getComputedStyle(p).opacity }()].some(o => o < 1)) continue;
+    const isShown = e.checkVisibility({opacityProperty: true, visibilityProperty: true});
+    if (!own || !isShown || e.closest('.hidden, :disabled')) continue;
+    const above = [];
+    for (let p = e; p; p = p.parentElement) above.push(getComputedStyle(p).opacity);
+    if (above.some(o => o < 1)) continue;
     const back = behind(e), front = read(getComputedStyle(e).color)(css(back));
     const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
     const ratio = (a + 0.05) / (b + 0.05);
