@@ -3,7 +3,7 @@
     lyceum run demo                     a whole recipe         lyceum chat runs/demo       talk to what it made
     lyceum sft demo --set sft.epochs=4  one stage of it        lyceum sft --help           its settings
     lyceum plan demo                    what it would take
-    lyceum serve runs/demo              its API over HTTP
+    lyceum serve runs/demo              its chat page and its API over HTTP
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
     lyceum feedback export runs/demo --to rankings.jsonl    what people said about its answers, to learn from
@@ -163,6 +163,12 @@ def _serve_options(parser: Parser) -> None:
     add("--queue", type=int, default=256, help="replies that may wait; more are told to come again (default 256)")
     add("--per-key", type=int, default=256, help="replies under way for one key (default 256)")
     add("--tokens-per-minute", type=int, default=0, help="of one key, prompts and replies (default: no bound)")
+    add(
+        "--store",
+        default="",
+        metavar="PLACE",
+        help="where chats are kept: a file or postgresql://... (default: in the run)",
+    )
     add("--certificate", default="", metavar="FILE", help="PEM, for TLS")
     add("--private-key", default="", metavar="FILE", help="PEM, for TLS")
 

@@ -1,7 +1,8 @@
-"""``lyceum serve runs/demo``: the API over one model or several, until Ctrl-C.
+"""``lyceum serve runs/demo``: the API and the chat page over one model or several, until Ctrl-C.
 
 The model is named after its run's folder, or as ``--model name=path`` says, which may be given more than once. What is
-served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`). ``--new-key NAME`` writes a key into the file of
+served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`). The page's conversations are kept in the first
+run's folder, or where ``--store`` says. ``--new-key NAME`` writes a key into the file of
 keys, shows it once, and leaves.
 
 It only finds folders and hands them over: the server is `lyceum.serve.server`.
@@ -11,9 +12,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lyceum import device
 from lyceum.errors import LyceumError, UsageError
+
+if TYPE_CHECKING:
+    from lyceum.cli.chat import Choice
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -21,16 +26,18 @@ def serve(args: argparse.Namespace) -> None:
 
     Raises UsageError where it makes no sense, RunError or CheckpointError where there is nothing to serve.
     """
-    from lyceum.cli.chat import find_checkpoint
+    from lyceum.cli.chat import find_about, find_checkpoint
 
     if args.new_key:
         new_key(args)
         return
-    folders: dict[str, Path] = {}
+    choices: dict[str, Choice] = {}
     for name, path in named(args.path, args.model):
-        if name in folders:
+        if name in choices:
             raise UsageError(f"two models are named {name!r}", hint="name them apart: --model NAME=PATH")
-        folders[name] = find_checkpoint(path, args.stage).checkpoint
+        choices[name] = find_checkpoint(path, args.stage)
+    folders = {name: choice.checkpoint for name, choice in choices.items()}
+    first = next(iter(choices.values()))
     device.prepare("serve")  # before torch is imported
     try:
         from lyceum.serve.limits import Limits
@@ -54,9 +61,23 @@ def serve(args: argparse.Namespace) -> None:
         max_batch=args.max_batch,
         certificate=args.certificate,
         private_key=args.private_key,
+        store=args.store or str(run_folder(first.checkpoint)),
+        about=find_about(first, saved_info(first.checkpoint)),
         limits=limits,
     )
     run(folders, config)
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to, whose store the conversations go to; of one from elsewhere, its own folder."""
+    return next((folder for folder in checkpoint.resolve().parents if (folder / "recipe.toml").is_file()), checkpoint)
+
+
+def saved_info(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing if it was made elsewhere."""
+    from lyceum.model.hub import read_json
+
+    return read_json(checkpoint / "lyceum.json") if (checkpoint / "lyceum.json").is_file() else {}
 
 
 def named(path: str | None, models: list[str]) -> list[tuple[str, Path]]:

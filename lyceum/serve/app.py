@@ -24,7 +24,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
@@ -282,10 +282,20 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
             await asyncio.gather(task, return_exceptions=True)
 
 
+class Opened(Protocol):
+    """What a stream of events is made of."""
+
+    def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """What each event says."""
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+
+
 class EventStream(Response):
     """An answer as server-sent events, while it is made."""
 
-    def __init__(self, opened: Chat | Completion):
+    def __init__(self, opened: Opened):
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})

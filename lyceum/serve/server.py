@@ -12,6 +12,7 @@ What it is not: TLS by itself or many processes; put a proxy before it, or give 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Mapping
@@ -27,7 +28,9 @@ from lyceum.errors import UsageError
 from lyceum.serve.app import make_app
 from lyceum.serve.limits import MIN_KEY, Key, Keys, Limits, hash_of
 from lyceum.serve.models import load
+from lyceum.serve.pages import pages
 from lyceum.serve.service import Service
+from lyceum.serve.store import Store
 
 KEEP_ALIVE_S = 60  # an idle connection is kept so long
 SHUTDOWN_S = 5  # answers under way may take so long to end
@@ -39,7 +42,8 @@ class ServerConfig:
 
     host, port: 0 takes any free port. api_key: one key for everything; keys: a file of keys. allow_host, allow_origin: names
     and sites beyond this machine's own. max_batch: replies made side by side, of each model. certificate, private_key: PEM
-    files, for TLS.
+    files, for TLS. store: where conversations and judgements are kept, as `lyceum.serve.database` has it; without one there is no
+    chat page. about: what the models studied and what to ask them, which the page shows.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +55,8 @@ class ServerConfig:
     max_batch: int = 16
     certificate: str = ""
     private_key: str = ""
+    store: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
 
     def all_keys(self) -> Keys:
@@ -83,23 +89,28 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
     """Load models and answer until the process is told to end.
 
     models: name -> checkpoint folder; the first is the default.
-    Raises UsageError for an address without keys or that is taken, CheckpointError for a model that cannot be read.
+    Raises UsageError for an address without keys or that is taken, CheckpointError for a model that cannot be read,
+    StoreError for a store that cannot be opened.
     """
     keys = config.all_keys()
     listening = listen(config.host, config.port)
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(listening.close)
         served = [load(name, folder, max_batch=config.max_batch) for name, folder in models.items()]
         service = Service(served, limits=config.limits)
         hosts = (*config.allow_host, config.host) if not is_any(config.host) else config.allow_host
-        app = make_app(service, keys=keys, hosts=hosts, origins=config.allow_origin)
+        routers = []
+        if config.store:
+            store = Store.open(config.store)
+            at_the_end.callback(store.close)
+            routers.append(pages(service, store, about=config.about, is_own_machine=not keys.keys))
+        app = make_app(service, keys=keys, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"
         shown = f"[{config.host}]" if ":" in config.host else config.host
         names = ", ".join(service.models)
         said = f"serving {names} at {scheme}://{shown}:{port} (the API: {scheme}://{shown}:{port}/v1); Ctrl-C ends it"
         Server(uvicorn_config(app, config), said).run(sockets=[listening])
-    finally:
-        listening.close()
 
 
 def is_any(host: str) -> bool:

@@ -150,6 +150,11 @@ class Store:
             about = as_conversation(own(connection, owner, conversation))
             return Thread(about, tuple(messages_of(connection, conversation)))
 
+    def about(self, owner: str, conversation: str) -> StoredConversation:
+        """A conversation without its messages. Raises NotFound."""
+        with self.database.reading() as connection:
+            return as_conversation(own(connection, owner, conversation))
+
     def change(
         self,
         owner: str,
@@ -274,6 +279,11 @@ class Store:
             connection.execute(update(MESSAGES).where(MESSAGES.c.id == message).values(values))
             touch(connection, found.conversation, leaf=message)
         return self._follow(found, owner)
+
+    def message(self, owner: str, message: str) -> StoredMessage:
+        """One message. Raises NotFound."""
+        with self.database.reading() as connection:
+            return own_message(connection, owner, message)
 
     def rewrite(self, owner: str, message: str, content: str) -> StoredMessage:
         """Change a message's text in its place: what follows it stays. Judgements keep what was judged.

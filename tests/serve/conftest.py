@@ -1,9 +1,12 @@
-"""Servers in the test's own process, on real sockets, with models whose replies are known beforehand; and both databases of the
-store: a file, and a PostgreSQL server of our own on a socket in a temporary folder."""
+"""Servers in the test's own process, on real sockets, with models whose replies are known beforehand; the chat page on them.
+
+And both databases of the store: a file, and a PostgreSQL server of our own on a socket in a temporary folder.
+"""
 
 from __future__ import annotations
 
 import http.client
+import importlib
 import itertools
 import json
 import os
@@ -26,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from lyceum.engine.engine import Engine
+from lyceum.engine.sampling import SamplingParams
+from lyceum.engine.sequence import Output
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.serve.app import make_app
@@ -243,7 +248,7 @@ def read_events() -> Callable[[str], list[Any]]:
     return events
 
 
-# ---------------------------------------------------------------- the store's databases
+# -- the store -------------------------------------------------------------------------------------------------------
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) + [Path("/usr/bin"), Path("/usr/local/bin")]
 
@@ -330,3 +335,85 @@ def store(place: str) -> Iterator[Store]:
     opened = Store.open(place)
     yield opened
     opened.close()
+
+
+# -- the chat page -----------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """In an engine's place: replies to the last thing said with what a script makes of it and of the request's parameters.
+
+    One token of each request a step, `pause_s` before it. Who goes on with an answer hears the rest of it.
+    """
+
+    max_batch, context_length, model = 8, 4096, None
+
+    def __init__(self, tokenizer: Tokenizer, script: Callable[[str, SamplingParams], str], pause_s: float = 0.0):
+        self.tokenizer, self.script, self.pause_s = tokenizer, script, pause_s
+        self.vocab_size = tokenizer.vocab_size
+        self.live: dict[int, tuple[list[int], SamplingParams, int]] = {}  # id -> reply, parameters, tokens made
+        self.heard: list[str] = []  # prompts as text
+        self.num_made = self.num_added = 0
+
+    def add(self, prompt: list[int], params: SamplingParams, *, key: str = "", is_background: bool = False) -> int:
+        said = b"".join(self.tokenizer.token_bytes[token] for token in prompt).decode()
+        self.heard.append(said)
+        asked, begun = said.rsplit("user\n", 1)[1].rsplit("\nassistant\n", 1)
+        text = self.script(asked, params)
+        assert text.startswith(begun)
+        self.num_added += 1
+        self.live[self.num_added] = (
+            [*self.tokenizer.encode(text[len(begun) :]), self.tokenizer.turn_end_id],
+            params,
+            0,
+        )
+        return self.num_added
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.live
+
+    def step(self) -> list[Output]:
+        time.sleep(self.pause_s)
+        done = []
+        for id, (reply, params, num) in list(self.live.items()):
+            self.live[id] = reply, params, num + 1
+            self.num_made += 1
+            if num + 1 == min(len(reply), params.max_tokens):
+                finish = "stop" if num + 1 == len(reply) else "length"
+                done.append(Output(id, reply[: num + 1], finish))
+                del self.live[id]
+        return done
+
+    def reply(self, id: int, start: int = 0) -> list[int]:
+        reply, _, num = self.live[id]
+        return reply[start:num]
+
+    def abort(self, id: int) -> None:
+        self.live.pop(id, None)
+
+
+@pytest.fixture
+def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """A server with the chat page, whose models say what a script makes of what is said; `running.engines` are they."""
+    pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
+    pages, store_of = importlib.import_module("lyceum.serve.pages"), importlib.import_module("lyceum.serve.store").Store
+    opened: list[tuple[Running, Any]] = []
+
+    def make(
+        script: Callable[[str, SamplingParams], str] = lambda text, params: f"You said: {text}", *, pause_s: float = 0.0,
+        names: tuple[str, ...] = ("demo",), about: Mapping[str, Any] | None = None, keys: Keys | None = None,
+    ) -> Running:  # fmt: skip
+        engines = {name: Scripted(tokenizer, script, pause_s) for name in names}
+        service = Service([serve(name, engine, tokenizer) for name, engine in engines.items()])  # type: ignore[arg-type]
+        store = store_of.open(tmp_path / "store.sqlite")
+        app = make_app(service, keys=keys, routers=[pages.pages(service, store, about=about)])
+        running: Any = Running(service, app, service.limits)
+        running.engines, running.store = engines, store
+        opened.append((running, store))
+        return running
+
+    yield make
+    for running, store in opened:
+        running.close()
+        store.close()

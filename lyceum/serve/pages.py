@@ -1,0 +1,531 @@
+"""The chat page and what it asks: conversations, answers as they grow, judgements.
+
+    make_app(service, routers=[pages(service, store)])
+
+| route | what it does |
+|---|---|
+| GET /, /web/{file} | the page: plain files, each with its entity tag, under a strict content-security policy |
+| GET /api/start | models, what they studied, what to ask |
+| GET, POST /api/conversations | the list, or what a query finds; a new one |
+| GET, PATCH, DELETE /api/conversations/{id} | one with all its messages; title, pin, settings, branch shown; delete |
+| GET /api/conversations/{id}/export | as JSON or Markdown |
+| POST /api/conversations/{id}/turns | say something, and get one answer or two |
+| POST /api/messages/{id}/again, /continue, /stop | another answer; go on with one; stop it |
+| GET /api/messages/{id}/events | an answer under way, as server-sent events, from any block on |
+| POST /api/messages/{id}/thumb, /correction | judge it; correct it in its place |
+| POST /api/comparisons | which of two answers is better |
+
+Every object is read by its owner, who is the caller that the guard found; another's is not there (404). The store blocks, so
+it is asked from threads. Two answers to be compared carry `pair` and `side` in their parameters: sides are drawn by lot.
+
+What it is not: the page's looks (the files under `lyceum/serve/web`), or the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from lyceum.errors import NotFound, StoreError
+from lyceum.serve.answering import Answers, Prompt, Told, prompt_of
+from lyceum.serve.app import EventStream, as_json, read
+from lyceum.serve.chat import chat_of
+from lyceum.serve.guard import caller_of
+from lyceum.serve.judgements import Judgement
+from lyceum.serve.limits import Caller
+from lyceum.serve.protocol import Sampled, Wish
+from lyceum.serve.refusals import Refusal
+from lyceum.serve.render import render
+from lyceum.serve.sampled import params_of
+from lyceum.serve.service import Job, Service
+from lyceum.serve.store import Hit, Store
+from lyceum.serve.tree import StoredConversation, StoredMessage, Thread, path_to
+
+T = TypeVar("T")
+WEB = Path(__file__).parent / "web"
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types lyceum",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cache-control": "no-cache",
+}
+PAGE = 40  # conversations in one part of the list
+PRIVATE = {"cache-control": "no-store"}
+EXACT = 1 << 53  # JavaScript's numbers are exact below
+
+Text = Annotated[str, Field(min_length=1, max_length=1_000_000)]
+Model = Annotated[str, Field(max_length=256)]
+Id = Annotated[str, Field(max_length=64)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Parameters(Wish):
+    """How answers are drawn, as the page keeps it: OpenAI's names and bounds, and which model answers."""
+
+    model: Model | None = None
+    second: Model | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=EXACT)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=4)] | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """What was given."""
+        return self.model_dump(exclude_none=True)
+
+
+class Begin(Wish):
+    """A new conversation."""
+
+    title: Annotated[str, Field(max_length=1000)] = ""
+    system: Annotated[str, Field(max_length=20_000)] = ""
+    parameters: Parameters = Field(default_factory=Parameters)
+
+
+class Change(Wish):
+    """What is to be changed of a conversation. leaf: a message whose branch is to be shown."""
+
+    title: Annotated[str, Field(max_length=1000)] | None = None
+    pinned: bool | None = None
+    system: Annotated[str, Field(max_length=20_000)] | None = None
+    parameters: Parameters | None = None
+    leaf: Id | None = None
+
+
+class Again(Wish):
+    """Answers: one from each model named, one or two."""
+
+    models: Annotated[list[Model], Field(min_length=1, max_length=2)]
+    parameters: Parameters = Field(default_factory=Parameters)
+
+
+class Turn(Again):
+    """Something said below a message (null: at the beginning), to be answered."""
+
+    parent: Id | None
+    content: Text
+
+
+class Nothing(Wish):
+    """An empty object."""
+
+
+class Thumb(Wish):
+    """A thumb up (1), down (-1), or taken back (0)."""
+
+    value: Literal[-1, 0, 1]
+    reason: Annotated[str, Field(max_length=5000)] = ""
+    consent: bool = False
+
+
+class Correction(Wish):
+    """An answer as it should have been."""
+
+    content: Text
+    consent: bool = False
+
+
+class Comparison(Wish):
+    """Which of the two answers shown is better."""
+
+    left: Id
+    right: Id
+    verdict: Literal["left", "right", "tie", "neither"]
+    reason: Annotated[str, Field(max_length=5000)] = ""
+    consent: bool = False
+
+
+def pages(
+    service: Service, store: Store, *, about: Mapping[str, Any] | None = None, is_own_machine: bool = True
+) -> APIRouter:
+    """The routes of the page.
+
+    about: what the model studied and what to ask it (`studied`, `cannot`, `ask`), from its lessons. is_own_machine: nobody
+    but its owner uses the server, so that judgements may be learned from unless the box is unticked; else unless it is ticked.
+    """
+    router = APIRouter()
+    desk = Desk(service, store)
+
+    def route(method: str, path: str) -> Callable[..., Any]:
+        return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)
+
+    files = {file.name: (file.read_bytes(), TYPES[file.suffix]) for file in WEB.iterdir() if file.suffix in TYPES}
+
+    @route("GET", "/")
+    async def page(request: Request) -> Response:
+        return _file(request, *files["index.html"])
+
+    @route("GET", "/web/{name}")
+    async def web(request: Request, name: str) -> Response:
+        if name not in files or name == "index.html":
+            raise Refusal(404, f"There is no file {name!r}.", code="not_found")
+        return _file(request, *files[name])
+
+    @route("GET", "/api/start")
+    async def start(request: Request) -> Response:
+        models = [served.to_json() for served in service.models.values() if served.chat is not None]
+        shown = [{"id": model["id"], "context_length": model["max_model_len"]} for model in models]
+        return private({"models": shown, "about": dict(about or {}), "consent": is_own_machine})
+
+    @route("GET", "/api/conversations")
+    async def conversations(request: Request, query: str = "", before: str = "") -> Response:
+        return private(await desk.list(caller_of(request), query[:200], before[:64]))
+
+    @route("POST", "/api/conversations")
+    async def begin(request: Request) -> Response:
+        wish = await read(request, Begin, service)
+        kept = wish.parameters.kept()
+        new = await desk.ask(store.new, caller_of(request).id, title=wish.title, system=wish.system, parameters=kept)
+        return private(conversation_json(new))
+
+    @route("GET", "/api/conversations/{id}")
+    async def opened(request: Request, id: str) -> Response:
+        thread, judged = await desk.thread(caller_of(request), id)
+        return private(await asyncio.to_thread(desk.thread_json, thread, judged))
+
+    @route("PATCH", "/api/conversations/{id}")
+    async def changed(request: Request, id: str) -> Response:
+        wish, owner = await read(request, Change, service), caller_of(request).id
+        given = {name: getattr(wish, name) for name in ("title", "pinned", "system")}
+        kept = wish.parameters.kept() if wish.parameters is not None else None
+        about = await desk.ask(store.change, owner, id, parameters=kept, **given)
+        if wish.leaf is not None:
+            if (await desk.ask(store.message, owner, wish.leaf)).conversation != id:
+                raise Refusal(404, "There is no such message in this conversation.", code="not_found")
+            about = await desk.ask(store.show, owner, wish.leaf)
+        return private(conversation_json(about))
+
+    @route("DELETE", "/api/conversations/{id}")
+    async def deleted(request: Request, id: str) -> Response:
+        await desk.delete(caller_of(request), id)
+        return private({"deleted": True})
+
+    @route("GET", "/api/conversations/{id}/export")
+    async def export(request: Request, id: str, format: str = "json") -> Response:
+        thread, judged = await desk.thread(caller_of(request), id)
+        if format == "markdown":
+            return Response(as_markdown(thread), headers=PRIVATE, media_type="text/markdown; charset=utf-8")
+        if format != "json":
+            raise Refusal(400, f"'format' is {format[:20]!r}, expected json or markdown.", param="format")
+        return private(as_export(thread, judged))
+
+    @route("POST", "/api/conversations/{id}/turns")
+    async def turns(request: Request, id: str) -> Response:
+        wish, caller = await read(request, Turn, service), caller_of(request)
+        thread = await desk.ask(store.thread, caller.id, id)
+        path = desk.path(thread, wish.parent)
+        if path and path[-1].role == "user":
+            raise Refusal(400, "What was said last is not answered yet.", param="parent")
+        said = replace(BLANK, role="user", content=wish.content)
+        return private({"messages": await desk.answer(caller, thread, [*path, said], wish, says=True)})
+
+    @route("POST", "/api/messages/{id}/again")
+    async def again(request: Request, id: str) -> Response:
+        wish, caller = await read(request, Again, service), caller_of(request)
+        thread, message = await desk.around(caller, id)
+        path = desk.path(thread, message.parent if message.role == "assistant" else id)
+        if not path or path[-1].role != "user":
+            raise Refusal(400, "There is nothing here to be answered.", param="id")
+        return private({"messages": await desk.answer(caller, thread, path, wish)})
+
+    @route("POST", "/api/messages/{id}/continue")
+    async def goes_on(request: Request, id: str) -> Response:
+        await read(request, Nothing, service)
+        return private({"message": await desk.go_on(caller_of(request), id)})
+
+    @route("POST", "/api/messages/{id}/stop")
+    async def stop(request: Request, id: str) -> Response:
+        await read(request, Nothing, service)
+        caller = caller_of(request)
+        await desk.ask(store.message, caller.id, id)
+        return private({"stopped": desk.answers.stop(caller, id)})
+
+    @route("GET", "/api/messages/{id}/events")
+    async def events(request: Request, id: str, blocks: int = 0) -> Response:
+        caller = caller_of(request)
+        await desk.ask(store.message, caller.id, id)
+        return EventStream(Following(desk.answers.follow(caller, id, max(0, blocks), desk.message_json)))
+
+    @route("POST", "/api/messages/{id}/thumb")
+    async def thumb(request: Request, id: str) -> Response:
+        wish, caller = await read(request, Thumb, service), caller_of(request)
+        await desk.ask(desk.thumb, caller, id, wish)
+        return private({"thumb": wish.value})
+
+    @route("POST", "/api/messages/{id}/correction")
+    async def correction(request: Request, id: str) -> Response:
+        wish, owner = await read(request, Correction, service), caller_of(request).id
+        # first the judgement, which holds both texts: killed in between, nothing that was said is lost
+        await desk.ask(store.judgements.correct, owner, id, wish.content, consent=wish.consent)
+        message = await desk.ask(store.rewrite, owner, id, wish.content)
+        return private({"message": desk.message_json(message) | {"corrected": True}})
+
+    @route("POST", "/api/comparisons")
+    async def comparison(request: Request) -> Response:
+        wish, owner = await read(request, Comparison, service), caller_of(request).id
+        best = {"left": wish.left, "right": wish.right, "tie": "tie", "neither": "none"}[wish.verdict]
+        shown = [wish.left, wish.right]
+        await desk.ask(store.judgements.compare, owner, shown, best, reason=wish.reason, consent=wish.consent)
+        about = await desk.ask(store.show, owner, wish.right if wish.verdict == "right" else wish.left)
+        return private({"leaf": about.leaf})
+
+    return router
+
+
+class Desk:
+    """What the routes do."""
+
+    def __init__(self, service: Service, store: Store):
+        self.service, self.store = service, store
+        self.answers = Answers(service, store)
+
+    async def ask(self, work: Callable[..., T], *given: Any, **named: Any) -> T:
+        """Ask the store, from a thread. Raises Refusal: 404 for what is not the caller's, 409 for what cannot be done now."""
+        try:
+            return await asyncio.to_thread(work, *given, **named)
+        except NotFound as error:
+            raise Refusal(404, error.message, code="not_found") from None
+        except StoreError as error:
+            raise Refusal(409, error.message, code="conflict") from None
+
+    async def thread(self, caller: Caller, id: str) -> tuple[Thread, list[Judgement]]:
+        """A conversation and what was said of its answers."""
+        return await self.ask(self.store.thread, caller.id, id), await self.ask(self.store.judgements.of, caller.id, id)
+
+    async def around(self, caller: Caller, id: str) -> tuple[Thread, StoredMessage]:
+        """A message and the conversation it is in."""
+        message = await self.ask(self.store.message, caller.id, id)
+        return await self.ask(self.store.thread, caller.id, message.conversation), message
+
+    @staticmethod
+    def path(thread: Thread, leaf: str | None) -> list[StoredMessage]:
+        """From the first message down to one; of none, nothing. Raises Refusal where it is not of this conversation."""
+        if leaf is not None and leaf not in {message.id for message in thread.messages}:
+            raise Refusal(404, "There is no such message in this conversation.", code="not_found")
+        return list(path_to(thread.messages, leaf))
+
+    async def list(self, caller: Caller, query: str, before: str) -> Told:
+        """A part of the list; or what a query finds, each conversation once."""
+        if query.strip():
+            hits = await self.ask(self.store.search, caller.id, query)
+            first: dict[str, Hit] = {}
+            for hit in hits:
+                first.setdefault(hit.conversation, hit)
+            found = await self.ask(self._known, caller.id, list(first))
+            rows = [
+                conversation_json(about)
+                | ({} if first[about.id].message is None else {"message": first[about.id].message})
+                | ({} if first[about.id].message is None else {"excerpt": first[about.id].text})
+                for about in found
+            ]
+            return {"conversations": rows, "next": None}
+        page = await self.ask(self.store.latest, caller.id, limit=PAGE, after=before or None)
+        return {
+            "conversations": [conversation_json(about) for about in page],
+            "next": page[-1].id if len(page) == PAGE else None,
+        }
+
+    def _known(self, owner: str, ids: Sequence[str]) -> list[StoredConversation]:
+        return [self.store.about(owner, id) for id in ids]
+
+    async def delete(self, caller: Caller, id: str) -> None:
+        """Delete a conversation; what is being answered in it stops."""
+        thread = await self.ask(self.store.thread, caller.id, id)
+        for message in thread.messages:
+            self.answers.stop(caller, message.id)
+        await self.ask(self.store.delete, caller.id, id)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    async def answer(
+        self, caller: Caller, thread: Thread, path: Sequence[StoredMessage], wish: Again, *, says: bool = False
+    ) -> list[Told]:
+        """Let one model or two answer a path; says: its last message is new. Returns the messages that are new."""
+        kept = {name: value for name, value in wish.parameters.kept().items() if name not in ("model", "second")}
+        names = random.SystemRandom().sample(wish.models, len(wish.models))  # which stands left is drawn by lot
+        opened: list[tuple[Job, Prompt, dict[str, Any]]] = []
+        pair = f"pair_{secrets.token_hex(8)}"
+        new: list[StoredMessage] = []
+        try:
+            for place, name in enumerate(names):
+                parameters = dict(kept)
+                if "seed" not in kept or place:
+                    parameters["seed"] = secrets.randbelow(EXACT)
+                job, prompt = await self.open(caller, name, thread.about.system, path, parameters)
+                if len(names) == 2:
+                    parameters |= {"pair": pair, "side": ("left", "right")[place]}
+                opened.append((job, prompt, parameters))
+            parent = path[-1].id
+            if says:
+                above = path[-2].id if len(path) > 1 else None
+                said = await self.ask(self.store.say, caller.id, thread.about.id, above, "user", path[-1].content)
+                parent = said.id
+                new.append(said)
+            while opened:
+                job, prompt, parameters = opened[0]
+                draft = await self.ask(
+                    self.store.answer,
+                    caller.id,
+                    thread.about.id,
+                    parent,
+                    model=job.served.name,
+                    parameters=parameters,
+                )
+                self.answers.begin(caller, draft, job, prompt)
+                opened.pop(0)
+                new.append(await self.ask(self.store.message, caller.id, draft.message))
+        finally:
+            for job, _, _ in opened:
+                job.close()
+        return [self.message_json(message) for message in new]
+
+    async def open(
+        self,
+        caller: Caller,
+        name: str,
+        system: str,
+        path: Sequence[StoredMessage],
+        parameters: Mapping[str, Any],
+        begun: str = "",
+    ) -> tuple[Job, Prompt]:
+        """A model begins to answer. Raises Refusal."""
+        served = self.service.model(name)
+        chat_of(served)
+        prompt = await prompt_of(served, system, path, begun)
+        known = {key: value for key, value in parameters.items() if key in Sampled.model_fields}
+        longest = parameters.get("max_tokens") or served.context_length
+        most = min(longest, self.service.limits.max_tokens or longest, served.context_length)
+        params = params_of(Sampled(**{**known, "model": name}), served, max_tokens=most)
+        return await self.service.open(served, [(prompt.ids, params)], caller, follows=True), prompt
+
+    async def go_on(self, caller: Caller, id: str) -> Told:
+        """Go on with an answer that was cut off."""
+        thread, message = await self.around(caller, id)
+        if message.role != "assistant" or message.parent is None:
+            raise Refusal(400, "Only an answer can be gone on with.", param="id")
+        path = self.path(thread, message.parent)
+        job, prompt = await self.open(
+            caller, message.model, message.system, path, message.parameters, begun=message.content
+        )
+        try:
+            draft = await self.ask(self.store.go_on, caller.id, id)
+        except BaseException:
+            job.close()
+            raise
+        self.answers.begin(caller, draft, job, prompt, so_far=message.content)
+        return self.message_json(await self.ask(self.store.message, caller.id, id))
+
+    def thumb(self, caller: Caller, id: str, wish: Thumb) -> None:
+        """A thumb; the last one counts. Taken back, all of them are deleted."""
+        if wish.value:
+            good = wish.value > 0
+            self.store.judgements.rate(caller.id, id, good=good, reason=wish.reason, consent=wish.consent)
+            return
+        message = self.store.message(caller.id, id)
+        for one in self.store.judgements.of(caller.id, message.conversation):
+            if one.kind == "rating" and one.answers[0].message == id:
+                self.store.judgements.withdraw(caller.id, one.id)
+
+    # -- as JSON -------------------------------------------------------------------------------------------------------
+
+    def thread_json(self, thread: Thread, judged: Sequence[Judgement]) -> Told:
+        """A conversation as the page opens it."""
+        more: dict[str, Told] = {message.id: {} for message in thread.messages}
+        for one in judged:
+            for answer in one.answers:
+                if answer.message in more:
+                    more[answer.message] |= {
+                        "rating": {"thumb": 1 if one.value else -1},
+                        "correction": {"corrected": True},
+                        "comparison": {"judged": True},
+                    }.get(one.kind, {})
+        messages = [self.message_json(message) | more[message.id] for message in thread.messages]
+        return {"conversation": conversation_json(thread.about), "messages": messages}
+
+    def message_json(self, message: StoredMessage) -> Told:
+        """A message as the page shows it; an answer as blocks of HTML."""
+        told = asdict(message)
+        for name in ("conversation", "tool_calls", "tool_call_id", "system", "updated"):
+            del told[name]
+        if message.role == "assistant":
+            told["blocks"] = render(message.content) if message.state != "streaming" else []
+            if message.id in self.answers.speeds:
+                told["tokens_per_second"] = round(self.answers.speeds[message.id], 1)
+        return told
+
+
+class Following:
+    """News of an answer, as `EventStream` sends them."""
+
+    def __init__(self, news: AsyncIterator[Told]):
+        self._news = news
+
+    def chunks(self) -> AsyncIterator[Told]:
+        """The news."""
+        return self._news
+
+    def close(self) -> None:
+        """Nobody looks on any more; the answer goes on."""
+
+
+BLANK = StoredMessage("", "", None, "user", "", (), None, "", "", {}, None, None, "", "done", 0.0, 0.0)
+
+
+def private(content: Any) -> Response:
+    """An answer that no cache keeps."""
+    answer = as_json(content)
+    answer.headers.update(PRIVATE)
+    return answer
+
+
+def conversation_json(about: StoredConversation) -> Told:
+    """A conversation as the page lists it."""
+    return {name: value for name, value in asdict(about).items() if name != "owner"}
+
+
+def as_export(thread: Thread, judged: Sequence[Judgement]) -> Told:
+    """Everything of a conversation: its tree, its settings, and what was said of its answers."""
+    messages = [{k: v for k, v in asdict(message).items() if k != "conversation"} for message in thread.messages]
+    judgements = [one.to_json() for one in judged]
+    return {**conversation_json(thread.about), "messages": messages, "judgements": judgements}
+
+
+def as_markdown(thread: Thread) -> str:
+    """The branch that is shown, to be read."""
+    parts = [f"# {thread.about.title or 'Chat'}"]
+    if thread.about.system:
+        parts.append("**System:**\n\n" + thread.about.system)
+    for message in thread.path():
+        who = f"Assistant ({message.model})" if message.role == "assistant" else message.role.capitalize()
+        parts.append(f"**{who}:**\n\n{message.content}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _file(request: Request, content: bytes, kind: str) -> Response:
+    tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
+    headers = {**HEADERS, "etag": tag}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=kind + "; charset=utf-8" if kind != "image/svg+xml" else kind)

@@ -1,0 +1,88 @@
+// The server, as functions. A key is asked for when the server wants one, and stays in this tab.
+
+export class Refused extends Error {
+  constructor(status, message, code) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+let askForKey = async () => null;
+
+/** What to do when a key is needed: a function that gives one. */
+export function onKeyNeeded(ask) {
+  askForKey = ask;
+}
+
+function headers(hasBody) {
+  const found = hasBody ? { "content-type": "application/json" } : {};
+  const key = sessionStorage.getItem("key");
+  return key ? { ...found, authorization: `Bearer ${key}` } : found;
+}
+
+async function send(method, path, body, more = {}) {
+  for (;;) {
+    const answer = await fetch(path, {
+      method,
+      headers: headers(body !== undefined),
+      body: body === undefined ? undefined : JSON.stringify(body),
+      cache: "no-store",
+      ...more,
+    });
+    if (answer.status === 401) {
+      const key = await askForKey();
+      sessionStorage.setItem("key", key);
+      continue;
+    }
+    if (!answer.ok) {
+      const said = await answer.json().catch(() => ({}));
+      throw new Refused(answer.status, said.error?.message ?? answer.statusText, said.error?.code);
+    }
+    return answer;
+  }
+}
+
+const json = async (...all) => (await send(...all)).json();
+const id = encodeURIComponent;
+
+export const start = () => json("GET", "/api/start");
+export const list = (query, before) =>
+  json("GET", `/api/conversations?query=${id(query)}${before ? `&before=${id(before)}` : ""}`);
+export const create = (given) => json("POST", "/api/conversations", given);
+export const open = (conversation) => json("GET", `/api/conversations/${id(conversation)}`);
+export const change = (conversation, given) => json("PATCH", `/api/conversations/${id(conversation)}`, given);
+export const remove = (conversation) => send("DELETE", `/api/conversations/${id(conversation)}`, undefined, { keepalive: true });
+export const say = (conversation, given) => json("POST", `/api/conversations/${id(conversation)}/turns`, given);
+export const again = (message, given) => json("POST", `/api/messages/${id(message)}/again`, given);
+export const goOn = (message) => json("POST", `/api/messages/${id(message)}/continue`, {});
+export const stop = (message) => json("POST", `/api/messages/${id(message)}/stop`, {});
+export const thumb = (message, given) => json("POST", `/api/messages/${id(message)}/thumb`, given);
+export const correct = (message, given) => json("POST", `/api/messages/${id(message)}/correction`, given);
+export const compare = (given) => json("POST", "/api/comparisons", given);
+
+/** A conversation as a file. */
+export async function download(conversation, format) {
+  const answer = await send("GET", `/api/conversations/${id(conversation)}/export?format=${format}`);
+  return answer.blob();
+}
+
+/** What comes of an answer under way, one object at a time, from the block number `blocks` on. Throws when the line breaks. */
+export async function* follow(message, blocks, signal) {
+  const answer = await send("GET", `/api/messages/${id(message)}/events?blocks=${blocks}`, undefined, { signal });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      if (!event.startsWith("data: ") || event === "data: [DONE]") continue; // a ping, or the end
+      const news = JSON.parse(event.slice(6));
+      if (news.error) throw new Refused(news.error.code === "not_found" ? 404 : 500, news.error.message, news.error.code);
+      yield news;
+    }
+  }
+}
