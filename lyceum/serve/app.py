@@ -283,7 +283,10 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Opened(Protocol):
-    """What a stream of events is made of."""
+    """What a stream of events is made of. has_news: more has come already, so that events may leave together."""
+
+    @property
+    def has_news(self) -> bool: ...
 
     def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """What each event says."""
@@ -327,7 +330,7 @@ class EventStream(Response):
             try:
                 async for content in self.opened.chunks():
                     waiting += event(content)
-                    if not self.opened.job.has_news or len(waiting) > WRITE_BYTES:
+                    if not self.opened.has_news or len(waiting) > WRITE_BYTES:
                         await write(waiting)
                         waiting = b""
                 await write(waiting + DONE)

@@ -138,6 +138,11 @@ class Chat:
             wants_scores=self.wants_scores,
         )
 
+    @property
+    def has_news(self) -> bool:
+        """Whether more has come already than was taken."""
+        return self.job.has_news
+
     def close(self) -> None:
         """Give up what has not come yet."""
         self.job.close()

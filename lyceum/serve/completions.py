@@ -92,6 +92,11 @@ class Completion:
         )
         return completion
 
+    @property
+    def has_news(self) -> bool:
+        """Whether more has come already than was taken."""
+        return self.job.has_news
+
     def close(self) -> None:
         """Give up what has not come yet."""
         self.job.close()

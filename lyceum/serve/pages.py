@@ -30,10 +30,9 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
 from lyceum.errors import NotFound, StoreError
@@ -43,13 +42,14 @@ from lyceum.serve.chat import chat_of
 from lyceum.serve.guard import caller_of
 from lyceum.serve.judgements import Judgement
 from lyceum.serve.limits import Caller
-from lyceum.serve.protocol import Sampled, Wish
+from lyceum.serve.protocol import Sampled
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.render import render
 from lyceum.serve.sampled import params_of
 from lyceum.serve.service import Job, Service
 from lyceum.serve.store import Hit, Store
 from lyceum.serve.tree import StoredConversation, StoredMessage, Thread, path_to
+from lyceum.serve.wishes import EXACT, Again, Begin, Change, Comparison, Correction, Nothing, Thumb, Turn
 
 T = TypeVar("T")
 WEB = Path(__file__).parent / "web"
@@ -67,94 +67,6 @@ HEADERS = {
 }
 PAGE = 40  # conversations in one part of the list
 PRIVATE = {"cache-control": "no-store"}
-EXACT = 1 << 53  # JavaScript's numbers are exact below
-
-Text = Annotated[str, Field(min_length=1, max_length=1_000_000)]
-Model = Annotated[str, Field(max_length=256)]
-Id = Annotated[str, Field(max_length=64)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Parameters(Wish):
-    """How answers are drawn, as the page keeps it: OpenAI's names and bounds, and which model answers."""
-
-    model: Model | None = None
-    second: Model | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=EXACT)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=4)] | None = None
-
-    def kept(self) -> dict[str, Any]:
-        """What was given."""
-        return self.model_dump(exclude_none=True)
-
-
-class Begin(Wish):
-    """A new conversation."""
-
-    title: Annotated[str, Field(max_length=1000)] = ""
-    system: Annotated[str, Field(max_length=20_000)] = ""
-    parameters: Parameters = Field(default_factory=Parameters)
-
-
-class Change(Wish):
-    """What is to be changed of a conversation. leaf: a message whose branch is to be shown."""
-
-    title: Annotated[str, Field(max_length=1000)] | None = None
-    pinned: bool | None = None
-    system: Annotated[str, Field(max_length=20_000)] | None = None
-    parameters: Parameters | None = None
-    leaf: Id | None = None
-
-
-class Again(Wish):
-    """Answers: one from each model named, one or two."""
-
-    models: Annotated[list[Model], Field(min_length=1, max_length=2)]
-    parameters: Parameters = Field(default_factory=Parameters)
-
-
-class Turn(Again):
-    """Something said below a message (null: at the beginning), to be answered."""
-
-    parent: Id | None
-    content: Text
-
-
-class Nothing(Wish):
-    """An empty object."""
-
-
-class Thumb(Wish):
-    """A thumb up (1), down (-1), or taken back (0)."""
-
-    value: Literal[-1, 0, 1]
-    reason: Annotated[str, Field(max_length=5000)] = ""
-    consent: bool = False
-
-
-class Correction(Wish):
-    """An answer as it should have been."""
-
-    content: Text
-    consent: bool = False
-
-
-class Comparison(Wish):
-    """Which of the two answers shown is better."""
-
-    left: Id
-    right: Id
-    verdict: Literal["left", "right", "tie", "neither"]
-    reason: Annotated[str, Field(max_length=5000)] = ""
-    consent: bool = False
 
 
 def pages(
@@ -191,7 +103,7 @@ def pages(
 
     @route("GET", "/api/conversations")
     async def conversations(request: Request, query: str = "", before: str = "") -> Response:
-        return private(await desk.list(caller_of(request), query[:200], before[:64]))
+        return private(await desk.listed(caller_of(request), query[:200], before[:64]))
 
     @route("POST", "/api/conversations")
     async def begin(request: Request) -> Response:
@@ -326,7 +238,7 @@ class Desk:
             raise Refusal(404, "There is no such message in this conversation.", code="not_found")
         return list(path_to(thread.messages, leaf))
 
-    async def list(self, caller: Caller, query: str, before: str) -> Told:
+    async def listed(self, caller: Caller, query: str, before: str) -> Told:
         """A part of the list; or what a query finds, each conversation once."""
         if query.strip():
             hits = await self.ask(self.store.search, caller.id, query)
@@ -456,11 +368,7 @@ class Desk:
         for one in judged:
             for answer in one.answers:
                 if answer.message in more:
-                    more[answer.message] |= {
-                        "rating": {"thumb": 1 if one.value else -1},
-                        "correction": {"corrected": True},
-                        "comparison": {"judged": True},
-                    }.get(one.kind, {})
+                    more[answer.message] |= _mark(one)
         messages = [self.message_json(message) | more[message.id] for message in thread.messages]
         return {"conversation": conversation_json(thread.about), "messages": messages}
 
@@ -479,15 +387,22 @@ class Desk:
 class Following:
     """News of an answer, as `EventStream` sends them."""
 
+    has_news = False  # each leaves at once: they have been put together already
+
     def __init__(self, news: AsyncIterator[Told]):
         self._news = news
+        self._is_closed = False
 
-    def chunks(self) -> AsyncIterator[Told]:
+    async def chunks(self) -> AsyncIterator[Told]:
         """The news."""
-        return self._news
+        async for told in self._news:
+            if self._is_closed:
+                return
+            yield told
 
     def close(self) -> None:
         """Nobody looks on any more; the answer goes on."""
+        self._is_closed = True
 
 
 BLANK = StoredMessage("", "", None, "user", "", (), None, "", "", {}, None, None, "", "done", 0.0, 0.0)
@@ -503,6 +418,13 @@ def private(content: Any) -> Response:
 def conversation_json(about: StoredConversation) -> Told:
     """A conversation as the page lists it."""
     return {name: value for name, value in asdict(about).items() if name != "owner"}
+
+
+def _mark(one: Judgement) -> Told:
+    """What the page shows of a judgement beside the answer."""
+    if one.kind == "rating":
+        return {"thumb": 1 if one.value else -1}
+    return {"corrected": True} if one.kind == "correction" else {"judged": True}
 
 
 def as_export(thread: Thread, judged: Sequence[Judgement]) -> Told:

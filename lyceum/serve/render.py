@@ -236,7 +236,8 @@ def _formula_block(state: StateBlock, first: int, last: int, is_silent: bool) ->
     if opener not in ("$$", "\\["):
         return False
     closer = "$$" if opener == "$$" else "\\]"
-    lines, size = [], 0
+    lines: list[str] = []
+    size = 0
     for line in range(first, last):
         begin, end = state.bMarks[line] + state.tShift[line], state.eMarks[line]
         if line > first and (state.isEmpty(line) or state.sCount[line] < state.blkIndent):
