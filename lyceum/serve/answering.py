@@ -36,7 +36,7 @@ from lyceum.serve.store import Store
 from lyceum.serve.tree import StoredMessage
 
 TELL_EVERY_S = 0.04  # to one reader; a frame or two of a screen
-MAX_SPEEDS = 10_000  # of the latest answers
+MAX_FACTS = 10_000  # of the latest answers
 LEAST_S = 0.02  # in which a speed can be measured
 LOOK_EVERY_S = 1.0  # at an answer that another server writes
 Told = dict[str, Any]
@@ -156,7 +156,7 @@ class Answers:
     def __init__(self, service: Service, store: Store):
         self.service, self.store = service, store
         self.running: dict[str, Running] = {}
-        self.speeds: dict[str, float] = {}  # tokens a second of answers that this server has made
+        self.facts: dict[str, Told] = {}  # of answers that this server has made: speed, messages that had no room
 
     def begin(self, caller: Caller, draft: Draft, job: Job, prompt: Prompt, so_far: str = "") -> None:
         """Let an answer write itself. so_far: the text of one that is gone on with."""
@@ -182,7 +182,7 @@ class Answers:
             async for told in running.news(num_blocks):
                 yield told
             if running.message is not None:
-                yield {"message": as_json(running.message) | {"dropped": running.prompt.num_dropped}}
+                yield {"message": as_json(running.message)}
                 return
         while (found := await asyncio.to_thread(self.store.message, caller.id, message)).state == "streaming":
             yield {"from": 0, "open": "", "tail": found.content}
@@ -209,10 +209,11 @@ class Answers:
         running.add(running.text.close())
         num_prompt = len(running.prompt.ids) - running.prompt.num_begun
         num_made = running.num_tokens + running.prompt.num_begun
+        facts = self.facts[running.draft.message] = {"dropped": running.prompt.num_dropped}
         if running.num_tokens > 1 and running.seconds > LEAST_S:
-            self.speeds[running.draft.message] = (running.num_tokens - 1) / running.seconds
-            if len(self.speeds) > MAX_SPEEDS:
-                del self.speeds[next(iter(self.speeds))]
+            facts["tokens_per_second"] = round((running.num_tokens - 1) / running.seconds, 1)
+        if len(self.facts) > MAX_FACTS:
+            del self.facts[next(iter(self.facts))]
         try:
             running.message = await asyncio.to_thread(
                 running.draft.finish, state, reason, prompt_tokens=num_prompt, completion_tokens=num_made

@@ -379,8 +379,7 @@ class Desk:
             del told[name]
         if message.role == "assistant":
             told["blocks"] = render(message.content) if message.state != "streaming" else []
-            if message.id in self.answers.speeds:
-                told["tokens_per_second"] = round(self.answers.speeds[message.id], 1)
+            told |= self.answers.facts.get(message.id, {})
         return told
 
 
