@@ -150,6 +150,7 @@ class Job:
         self._is_open = False
         if self.ticket.num_left:
             self.ticket.cancel()
+        if self.ticket.is_under_way:
             self._service.metrics.cancelled.labels(self.served.name).inc()
         used = sum(len(prompt) for prompt, _ in self.wanted) + self.ticket.num_made
         seconds = time.perf_counter() - self._begun

@@ -88,6 +88,11 @@ class Ticket:
             raise self._error
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether the engine has taken it, and it is neither finished nor failed."""
+        return self.is_accepted and self._error is None and self.num_left > 0
+
+    @property
     def has_news(self) -> bool:
         """Whether something has come that was not read yet."""
         return bool(self._news)

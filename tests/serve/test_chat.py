@@ -294,3 +294,34 @@ def test_an_edit_is_a_conversation(start: Callable, chain: Callable) -> None:
     found = server.post("/v1/edits", {"model": "m", "input": "fxied", "instruction": "Fix it", "n": 2}).json
     assert found["object"] == "edit" and [choice["text"] for choice in found["choices"]] == ["fixed", "fixed"]
     assert found["usage"]["completion_tokens"] == 12
+
+
+# -- silence -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_is_silent_shows_that_it_lives(
+    start: Callable, chain: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lyceum.serve.app.PING_S", 0.02)
+    model = chain("ab")
+    model.pause_s = 0.15
+    server = start(m=model)
+    text = server.post("/v1/chat/completions", {"model": "m", "messages": ASK, "stream": True}).text
+    assert ": ping\n\n" in text and text.endswith("data: [DONE]\n\n")
+    stream = server.openai().chat.completions.create(model="m", messages=ASK, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "ab"
+
+
+def test_a_stream_is_watched_and_goes_before_what_is_not(
+    start: Callable, chain: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(m=chain("ab"))
+    engine, seen = server.service.models["m"].engine, []
+    add = engine.add
+    monkeypatch.setattr(engine, "add", lambda *a, **k: seen.append(k["is_background"]) or add(*a, **k))
+    ask = {"model": "m", "messages": ASK}
+    for change in ({"stream": True}, {}, {"service_tier": "default"}, {"service_tier": "flex", "stream": True}):
+        answer = server.post("/v1/chat/completions", {**ask, **change})
+        assert answer.status == 200
+    assert seen == [False, True, False, True]
+    assert '"service_tier":"flex"' in answer.text

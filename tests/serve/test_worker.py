@@ -81,7 +81,7 @@ def test_cancelling_frees_the_engine_and_leaves_others_alone(decoder: Decoder) -
             news = aiter(long)
             await anext(news)
             long.cancel()
-            assert [one async for one in news] is not None and long.num_left == 3  # whoever waits is woken
+            assert len([one async for one in news]) < 900 and long.num_left == 3  # whoever waits is woken
             assert len((await outputs(other))[0]) <= 5
             assert await worker.call(lambda: (len(seat.live), seat.engine.is_idle)) == (0, True)
 
