@@ -38,7 +38,7 @@ def lost_words(place: Path, told: list[dict[str, Any]]) -> list[int]:
     with store.database.writing() as writer:  # as if the lease had passed
         late = time.time() - LEASE_S - 1
         writer.execute(update(MESSAGES).where(MESSAGES.c.state == "streaming").values(updated=late))
-    assert store.settle() == len(told)
+    store.settle()
     kept = {judgement.id for judgement in store.judgements.of("alice")}
     assert {vote for one in told for vote in one["votes"]} <= kept  # what was acknowledged is there
     messages = {m.id: m for chat in store.latest("alice", limit=100) for m in store.thread("alice", chat.id).messages}
