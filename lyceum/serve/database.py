@@ -18,9 +18,11 @@ there leaves the old version. A database newer than the program is refused and n
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ class Database:
     """An open database of the newest version. Used by any number of threads; each transaction has a connection."""
 
     def __init__(self, engine: Engine, place: str) -> None:
+        self._turns = _Turns()
         self.engine = engine
         self.place = place  # for a person; without a password
 
@@ -122,12 +125,13 @@ class Database:
 
     @contextmanager
     def writing(self, *, durable: bool = True) -> Iterator[Connection]:
-        """A transaction that is committed when the block ends well, and else undone.
+        """A transaction that is committed when the block ends well, and else undone; not inside another of the same thread.
 
         Raises:
             ResourceError: the disk is full, or no turn to write came.
         """
-        with _plain_errors(self.place), self.engine.connect() as connection:
+        turn = self._turns.take() if self.is_sqlite else nullcontext()
+        with turn, _plain_errors(self.place), self.engine.connect() as connection:
             connection = connection.execution_options(lyceum="durable" if durable else "write")
             with connection.begin():
                 if not self.is_sqlite and not durable:
@@ -173,6 +177,33 @@ class Database:
                 step(connection)
                 row = {"version": number, "now": time.time()}
                 connection.execute(text("INSERT INTO store_versions VALUES (:version, :now)"), row)
+
+
+class _Turns:
+    """A lock that is given in the order in which it was asked for.
+
+    SQLite's own waiting is not fair: one thread that writes again and again kept the answers' saver out for a second.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[threading.Event] = deque()
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        mine = threading.Event()
+        with self._mutex:
+            self._waiting.append(mine)
+            if self._waiting[0] is mine:
+                mine.set()
+        try:
+            mine.wait()
+            yield
+        finally:
+            with self._mutex:
+                self._waiting.remove(mine)
+                if self._waiting:
+                    self._waiting[0].set()
 
 
 def _version(connection: Connection) -> int:

@@ -283,6 +283,8 @@ class Desk:
         try:
             for place, name in enumerate(names):
                 parameters = dict(kept)
+                if "temperature" not in kept:  # the likeliest first, as in the terminal; another one, or two, are drawn
+                    parameters["temperature"] = 0.0 if says and len(names) == 1 else 1.0
                 if "seed" not in kept or place:
                     parameters["seed"] = secrets.randbelow(EXACT)
                 job, prompt = await self.open(caller, name, thread.about.system, path, parameters)

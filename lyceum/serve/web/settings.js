@@ -5,7 +5,7 @@ import { LANGUAGES, language, t } from "./words.js";
 
 // name, least, most, step, what an empty field stands for; the first two have a slider
 const NUMBERS = [
-  ["temperature", 0, 2, 0.05, 1],
+  ["temperature", 0, 2, 0.05, 0],
   ["top_p", 0, 1, 0.01, 1],
   ["max_tokens", 1, 1048576, 1, null],
   ["top_k", 0, 100000, 1, 0],
