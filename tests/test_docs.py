@@ -137,11 +137,14 @@ LYCEUM = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.star
 MAKE = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.startswith("make ")})
 
 
+VERBS = ("run", "plan", "chat", "serve", "runs", "export", "feedback", "lab", *KINDS)
+
+
 @pytest.mark.parametrize(("page", "command"), LYCEUM)
 def test_a_command_of_a_page_is_one(page: str, command: str) -> None:
     words = shlex.split(command)[1:]
     if words[1:] in ([], ["--help"]):  # a verb, by its name
-        assert words[0] in ("run", "plan", "chat", "serve", "runs", "export", *KINDS) or words == ["--help"]
+        assert words[0] in VERBS or words == ["--help"]
         return
     args = make_parser().parse_args(words)
     recipe = getattr(args, "recipe", "RECIPE")
@@ -172,8 +175,7 @@ def test_the_readmes_name_every_verb_and_the_pinned_versions() -> None:
     )
     for readme in READMES:
         text = readme.read_text(encoding="utf-8")
-        verbs = ("run", "plan", "chat", "runs", "export", *KINDS)
-        assert all(f"`{verb}`" in text or f"`lyceum {verb}`" in text for verb in verbs)
+        assert all(f"`{verb}`" in text or f"`lyceum {verb}`" in text for verb in VERBS)
         named = re.findall(r"`([\w-]+)==([\w.]+)`", text)
         assert named and all(pinned[package] == version for package, version in named)
 

@@ -166,7 +166,9 @@ def _math_cleaner() -> nh3.Cleaner:
 
 @cache
 def _reader(has_links: bool = True) -> MarkdownIt:
-    reader = MarkdownIt("commonmark", {"html": False, "highlight": None, "breaks": True}).enable(["table", "strikethrough"])
+    reader = MarkdownIt("commonmark", {"html": False, "highlight": None, "breaks": True}).enable(
+        ["table", "strikethrough"]
+    )
     reader.disable(["reference", "html_block", "html_inline"])
     reader.block.ruler.before("fence", "formula", _formula_block, {"alt": ["paragraph", "blockquote", "list"]})
     reader.inline.ruler.before("escape", "formula", _formula_inline)
