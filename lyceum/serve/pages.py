@@ -42,6 +42,7 @@ from lyceum.serve.chat import chat_of
 from lyceum.serve.guard import caller_of
 from lyceum.serve.judgements import Judgement
 from lyceum.serve.limits import Caller
+from lyceum.serve.portable import as_markdown
 from lyceum.serve.protocol import Sampled
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.render import render
@@ -433,17 +434,6 @@ def as_export(thread: Thread, judged: Sequence[Judgement]) -> Told:
     messages = [{k: v for k, v in asdict(message).items() if k != "conversation"} for message in thread.messages]
     judgements = [one.to_json() for one in judged]
     return {**conversation_json(thread.about), "messages": messages, "judgements": judgements}
-
-
-def as_markdown(thread: Thread) -> str:
-    """The branch that is shown, to be read."""
-    parts = [f"# {thread.about.title or 'Chat'}"]
-    if thread.about.system:
-        parts.append("**System:**\n\n" + thread.about.system)
-    for message in thread.path():
-        who = f"Assistant ({message.model})" if message.role == "assistant" else message.role.capitalize()
-        parts.append(f"**{who}:**\n\n{message.content}")
-    return "\n\n".join(parts) + "\n"
 
 
 def _file(request: Request, content: bytes, kind: str) -> Response:
