@@ -351,9 +351,13 @@ class OnPolicy(Stage[Batch]):
         """
         fill_in(
             rollout, grouped(rollout, self.config.group_size, self.config.micro_tokens, 0), self.policy, self.reference,
-            self.values, self.config.temperature, num_workers=workers.num_workers(self.config.micro_tokens),
-            asks_policy=not (self.is_single and self.is_proven),
+            self.values, self.config.temperature, head_VD=self.head(), asks_policy=not (self.is_single and self.is_proven),
+            num_workers=workers.num_workers(self.config.micro_tokens),
         )  # fmt: skip
+
+    def head(self) -> Tensor:
+        """The output embedding (V, D) of what draws."""
+        return self.policy.output_weight
 
     def values(self, part: Rollout, hidden_ND: Tensor) -> Tensor:
         """Values of the states in which tokens were chosen, for a method with a critic; 0 without."""
@@ -390,7 +394,7 @@ class OnPolicy(Stage[Batch]):
     def policy_terms(self, part: Rollout, hidden_ND: Tensor) -> tuple[dict[str, Term], Metrics]:
         """The surrogate and, where it is a term, the KL to the reference."""
         config, mask_BT = self.config, part.mask_BT
-        logp_BT, entropy_BT = logprobs_of(self.policy, hidden_ND, part, config.temperature)
+        logp_BT, entropy_BT = logprobs_of(self.head(), hidden_ND, part, config.temperature)
         if not self.is_proven:
             check_first_ratio(logp_BT, part, config.max_logprob_gap)
             self.is_proven = True

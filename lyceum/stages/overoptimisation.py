@@ -45,6 +45,7 @@ from lyceum.config import Recipe, setting
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import mix_seed
 from lyceum.errors import ConfigError, DataError
+from lyceum.evals.agreement import accuracy, differences
 from lyceum.evals.frontier import Curve, best_of_n_curve
 from lyceum.log import log, read_metrics
 from lyceum.model.heads import ScoreModel
@@ -52,7 +53,7 @@ from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work, write_json
 from lyceum.stages.ppo import PPO, PPOConfig
-from lyceum.stages.reward import Reward, RewardConfig, RewardModel, judge
+from lyceum.stages.reward import Reward, RewardConfig, RewardModel
 from lyceum.stages.rewards import Blend, Ids, RewardSource, Score
 from lyceum.stages.rollouts import sample_replies
 from lyceum.train import policy as algebra
@@ -229,11 +230,11 @@ class Judging(Reward):
 
     def __init__(self, config: RewardConfig, model: Decoder, pairs: Sequence[EncodedRanking]) -> None:
         super().__init__(config)
-        self.reader, self.pairs = model, pairs
+        self.reader, self.comparisons = model, pairs
 
     def start(self, work: Work) -> None:
         """A fresh head on the reader; of the chat format nothing but the padding is asked, and rows need none."""
-        rows = EncodedRankings(list(self.pairs), 0, 0)
+        rows = EncodedRankings(list(self.comparisons), 0, 0)
         chat: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_id=0))
         head = torch.Generator().manual_seed(work.seed)
         self.begin(
@@ -305,7 +306,8 @@ class Gold:
             starts_B = torch.tensor([len(prompts[i]) for i in group])
             positions_T = torch.arange(tokens_BT.shape[1])
             mask_BT = (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
-            logp_BT, _ = algebra.chosen_logprobs(self.reader(tokens_BT), self.reader.logits, tokens_BT, mask_BT)
+            hidden_ND = self.reader(tokens_BT, at_N=algebra.predicting(mask_BT))
+            logp_BT, _ = algebra.chosen_logprobs(hidden_ND, self.reader.output_weight, tokens_BT, mask_BT)
             found[group] = (logp_BT.double().sum(1) / mask_BT.sum(1)).numpy()
         return found
 
@@ -448,13 +450,8 @@ class Laboratory:
         pairs = self.pairs(count, seed, config.flipped)
         held = self.pairs(400, mix_seed(seed, 4), 0.0)
         training = RewardConfig(
-            epochs=config.proxy_epochs,
-            lr=config.proxy_lr,
-            micro_tokens=8192,
-            log_every=50,
-            save_every=0,
-            batch_prompts=32,
-        )
+            epochs=config.proxy_epochs, lr=config.proxy_lr, micro_tokens=8192, log_every=50, save_every=0, batch_prompts=32
+        )  # fmt: skip
         work = self.work(name, mix_seed(seed, 6))
         stage = Judging(training, self.reader(shape, config.policy_letters), pairs)
         run_stage(stage, work)
@@ -463,7 +460,8 @@ class Laboratory:
         proxy = RewardModel(model.eval().requires_grad_(False), 0.0, None)
         rows = [row for pair in held for row in pair.rows]
         scores = np.array(proxy.score([()] * len(rows), rows), dtype=np.float64).reshape(-1, 2)
-        return proxy, float(judge(scores.tolist(), held)["accuracy_clean"])
+        margins = [differences(two, pair.ranks) for two, pair in zip(scores.tolist(), held, strict=True)]
+        return proxy, accuracy(margins)[0]
 
     def follow(self, name: str, proxy: RewardSource, seed: int) -> tuple[Curve, list[str]]:
         """PPO against the proxy, with gold looking on; the curve, one point an iteration, and replies of the last policy."""

@@ -134,12 +134,12 @@ def predicting_states(model: Decoder, part: Rollout) -> Tensor:
 
 
 def logprobs_of(
-    model: Decoder, hidden_ND: Tensor, part: Rollout, temperature: float, *, with_entropy: bool = True
+    head_VD: Tensor, hidden_ND: Tensor, part: Rollout, temperature: float, *, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the chosen tokens at the sampling temperature, and the entropy of each choice."""
     tokens_BT, mask_BT = part.tokens_BT, part.mask_BT
     return algebra.chosen_logprobs(
-        hidden_ND, model.output_weight, tokens_BT, mask_BT, temperature=temperature, with_entropy=with_entropy
+        hidden_ND, head_VD, tokens_BT, mask_BT, temperature=temperature, with_entropy=with_entropy
     )
 
 
@@ -151,6 +151,7 @@ def fill_in(
     values: Callable[[Rollout, Tensor], Tensor],
     temperature: float,
     *,
+    head_VD: Tensor,
     num_workers: int = 1,
     asks_policy: bool = True,
 ) -> None:
@@ -159,6 +160,7 @@ def fill_in(
     Args:
         groups: the rows of each pass.
         values: (rows, the policy's hidden states that predict) -> the critic's values.
+        head_VD: the output embedding of what drew.
         asks_policy: False leaves out the policy's log-probabilities and entropies, and the values.
     """
     device = rollout.tokens_BT.device
@@ -169,13 +171,12 @@ def fill_in(
         for group in groups[number::count]:
             part = rollout.rows(group)
             index, width = torch.tensor(group, device=device), part.tokens_BT.shape[1]
-            logp_BT, _ = logprobs_of(
-                reference, predicting_states(reference, part), part, temperature, with_entropy=False
-            )
+            hidden_ND = predicting_states(reference, part)
+            logp_BT, _ = logprobs_of(reference.output_weight, hidden_ND, part, temperature, with_entropy=False)
             rollout.logp_ref_BT[index, :width] = logp_BT
             if asks_policy:
                 hidden_ND = predicting_states(policy, part)
-                logp_BT, entropy_BT = logprobs_of(policy, hidden_ND, part, temperature)
+                logp_BT, entropy_BT = logprobs_of(head_VD, hidden_ND, part, temperature)
                 rollout.logp_old_BT[index, :width] = logp_BT
                 rollout.entropy_BT[index, :width] = entropy_BT
                 rollout.value_old_BT[index, :width] = values(part, hidden_ND)

@@ -44,7 +44,6 @@ from lyceum.model.transformer import Decoder
 from lyceum.stages.ppo import PPO, PPOConfig
 from lyceum.stages.rewards import Ids, RewardSource, Score
 from lyceum.stages.rollouts import Rollout
-from lyceum.train import policy as algebra
 
 # (prompts, responses, meta), the tokens of a response shown one after the other from second 0 -> presses on each response
 Trainer = Callable[[Sequence[Ids], Sequence[Ids], Sequence[dict[str, Any]]], Sequence[Sequence[Press]]]
@@ -156,18 +155,16 @@ class TamerPPO(PPO):
     ) -> None:
         super().__init__(config, reward, self.watched)
         self.trainer, self.delay = trainer, Delay(config.delay_low_s, config.delay_high_s)
-        self.seen: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = (
-            None  # of this iteration, until it is learned from
-        )
+        # of this iteration, until it is learned from
+        self.seen: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = None
 
     def begin(self, policy: Decoder, prompts: Prompts, **given: Any) -> None:
         """As PPO's; the trainer is not known yet."""
         super().begin(policy, prompts, **given)
         weight_VD = policy.output_weight.detach()
         self.human = Human(weight_VD.shape[0], weight_VD.shape[1], weight_VD.dtype)
-        self.addition_VD = torch.zeros_like(
-            weight_VD
-        )  # what the output matrix has more while this iteration's replies count
+        # what the output matrix has more while this iteration's replies count
+        self.addition_VD = torch.zeros_like(weight_VD)
 
     @property
     def bias(self) -> float:
@@ -244,16 +241,9 @@ class TamerPPO(PPO):
             self._engine.update_weights(acting)
         return self._engine
 
-    def logprobs(
-        self, model: Decoder, hidden_BTD: Tensor, part: Rollout, *, with_entropy: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Of the policy with its bias, as it drew; of the reference without."""
-        if model is not self.policy:
-            return super().logprobs(model, hidden_BTD, part, with_entropy=with_entropy)
-        return algebra.chosen_logprobs(
-            hidden_BTD, lambda hidden: model.logits(hidden) + hidden @ self.addition_VD.T, part.tokens_BT, part.mask_BT,
-            temperature=self.config.temperature, with_entropy=with_entropy,
-        )  # fmt: skip
+    def head(self) -> Tensor:
+        """The policy's with its bias, as it drew."""
+        return super().head() + self.addition_VD
 
     # -- a restart
 
