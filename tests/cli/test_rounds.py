@@ -57,7 +57,7 @@ def school(garden: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(river, "_check_memory", lambda *given: None)  # made-up sections have no shape
     monkeypatch.setattr(river, "REPORT", "made_up.report")
     report = types.ModuleType("made_up.report")
-    report.build = lambda *a, **k: {"lines": []}  # type: ignore[attr-defined]
+    report.build = lambda *a, **k: {"lines": [], "path": "report.html"}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "made_up.report", report)
     garden.recipe.write_text(RECIPE)
     return garden
