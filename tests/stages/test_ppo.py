@@ -620,7 +620,7 @@ def test_a_coefficient_that_stays_settles_nothing(tmp_path: Path) -> None:  # th
 def test_pretraining_mix_keeps_the_language_at_the_same_reward(tmp_path: Path, seed: int) -> None:
     model = pretrained(seed)
     config = ppo.PPOConfig(
-        iterations=40, prompts_per_iteration=96, epochs=2, minibatches=2, max_response_tokens=4, kl_beta=0.0,
+        iterations=70, prompts_per_iteration=96, epochs=2, minibatches=2, max_response_tokens=4, kl_beta=0.0,
         missing_end="keep", lr=2e-3, critic_lr=3e-3, warmup=0.0, decay=0.5, log_every=1000, save_every=0,
         engine_batch=96, micro_tokens=4096,
     )  # fmt: skip
