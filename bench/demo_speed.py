@@ -23,9 +23,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from quiet import busy_share
+
 from lyceum import device
 
-BUSY_LIMIT = 0.10  # share of all cores that others may use
 DEPTH, VOCABULARY, ROWS, ROW_TOKENS = 4, 2048, 16, 128
 
 
@@ -36,10 +37,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a turn")
     parser.add_argument("--force", action="store_true", help="measure even on a busy machine")
     arguments = parser.parse_args()
-    busy = device.busy_share(2.0)
-    if busy > BUSY_LIMIT and not arguments.force:
-        print(f"the machine is busy: others use {busy:.0%} of its cores, at most {BUSY_LIMIT:.0%} is allowed")
-        print("hint: wait until it is quiet, or give --force and do not believe the numbers.")
+    busy = busy_share(arguments.force)
+    if busy is None:
         return 1
     device.prepare("bench", arguments.threads)
 

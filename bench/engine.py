@@ -69,14 +69,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.worker:
         return worker(*options.worker)
-    from demo_speed import BUSY_LIMIT
+    from quiet import busy_share
 
     from lyceum import device
 
-    busy = device.busy_share(2.0)
-    if busy > BUSY_LIMIT and not options.force:
-        print(f"the machine is busy: others use {busy:.0%} of its cores, at most {BUSY_LIMIT:.0%} is allowed")
-        print("hint: wait until it is quiet, or give --force and do not believe the numbers.")
+    busy = busy_share(options.force)
+    if busy is None:
         return 1
     device.prepare("bench")
     if not options.llama:

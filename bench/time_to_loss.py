@@ -50,7 +50,6 @@ from typing import Any
 
 from lyceum import device
 
-BUSY_LIMIT = 0.10  # share of all cores that others may use
 CHARACTERS = 267  # the 256 bytes and the special tokens: no merges
 TARGETS = {1.88: 2000, 1.60: 8000}  # nats per character -> iterations of nanoGPT's run that is to reach it
 WITHIN_MINUTES = (3, 10)
@@ -116,10 +115,10 @@ def main() -> int:
     known = [line.name for line in (TEXT if options.text else SHAKESPEARE)]
     if wrong := [name for name in options.only if name not in known]:
         parser.error(f"--only {wrong[0]}: the lines are {', '.join(known)}")
-    busy = device.busy_share(2.0)
-    if busy > BUSY_LIMIT and not options.force:
-        print(f"the machine is busy: others use {busy:.0%} of its cores, at most {BUSY_LIMIT:.0%} is allowed")
-        print("hint: wait until it is quiet, or give --force and do not believe the numbers.")
+    from quiet import busy_share
+
+    busy = busy_share(options.force)
+    if busy is None:
         return 1
     with tempfile.TemporaryDirectory(prefix="time-to-loss-") as work:
         figures = text_curves(options, Path(work)) if options.text else shakespeare(options, Path(work))

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from demo_speed import BUSY_LIMIT
+from quiet import busy_share
 
 from lyceum import device
 
@@ -48,10 +48,8 @@ def main() -> int:
     if options.worker:
         who, size, checkout = options.worker
         return worker(who, int(size), Path(checkout))
-    busy = device.busy_share(2.0)
-    if busy > BUSY_LIMIT and not options.force:
-        print(f"the machine is busy: others use {busy:.0%} of its cores, at most {BUSY_LIMIT:.0%} is allowed")
-        print("hint: wait until it is quiet, or give --force and do not believe the numbers.")
+    busy = busy_share(options.force)
+    if busy is None:
         return 1
     who = {"lyceum": ".", "transformers": "."} | {p: str(path) for p in PEERS if (path := getattr(options, p))}
     for peer in PEERS:

@@ -30,7 +30,7 @@ from lyceum.serve.models import Served
 from lyceum.serve.protocol import ChatRequest, EditRequest, NamedTool, Sampled, Tool
 from lyceum.serve.refusals import Refusal, unsupported
 from lyceum.serve.sampled import checked, each_prompt, params_of, rebased, stops_of
-from lyceum.serve.service import Job, Service, off_loop
+from lyceum.serve.service import Answering, Service, off_loop
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import ABSENT
 
@@ -78,10 +78,8 @@ class Reply:
         return Message("assistant", whole.decode("utf-8", "replace"))
 
 
-class Chat:
+class Chat(Answering):
     """A request for replies to a conversation, under way. `close` it."""
-
-    job: Job
 
     def __init__(self, served: Served, format: ChatFormat, request: Sampled, may_call: bool = False):
         self.served, self.format, self.request, self.may_call = served, format, request, may_call
@@ -137,15 +135,6 @@ class Chat:
             follows=bool(self.request.stream),
             wants_scores=self.wants_scores,
         )
-
-    @property
-    def has_news(self) -> bool:
-        """Whether more has come already than was taken."""
-        return self.job.has_news
-
-    def close(self) -> None:
-        """Give up what has not come yet."""
-        self.job.close()
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""

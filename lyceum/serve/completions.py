@@ -28,16 +28,14 @@ from lyceum.serve.models import Served
 from lyceum.serve.protocol import CompletionRequest, Prompt
 from lyceum.serve.refusals import Refusal, unsupported
 from lyceum.serve.sampled import each_prompt, params_of
-from lyceum.serve.service import Job, Service, off_loop
+from lyceum.serve.service import Answering, Service, off_loop
 from lyceum.tokens.infill import arrange
 
 MAX_TOKENS = 16  # where none are asked for
 
 
-class Completion:
+class Completion(Answering):
     """A request for completions, under way. `close` it."""
-
-    job: Job
 
     def __init__(self, served: Served, request: CompletionRequest, prompts: list[list[int]]):
         self.served, self.request, self.prompts = served, request, prompts
@@ -91,15 +89,6 @@ class Completion:
             wants_scores=wants_scores,
         )
         return completion
-
-    @property
-    def has_news(self) -> bool:
-        """Whether more has come already than was taken."""
-        return self.job.has_news
-
-    def close(self) -> None:
-        """Give up what has not come yet."""
-        self.job.close()
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""

@@ -4,9 +4,9 @@
     job = await service.open(served, wanted, caller)          # let in, and accepted by the engine
     outputs = await job.outputs(); job.close()
 
-The pages, the store and the feedback that will stand beside the API get their models and their callers here too.
+The pages get their models and their callers here too.
 
-What it is not: HTTP (`lyceum.serve.app`) or text (`lyceum.serve.generation`).
+What it is not: HTTP (`lyceum.serve.app`) or text (`lyceum.serve.answers`).
 """
 
 from __future__ import annotations
@@ -156,6 +156,21 @@ class Job:
         seconds = time.perf_counter() - self._begun
         num = len(self.wanted)
         self._service.quota.give_back(self._caller, num, max(0, self._promised - used), seconds)
+
+
+class Answering:
+    """What answers of every kind have: replies under way, as `lyceum.serve.app.EventStream` reads them. `close` it."""
+
+    job: Job
+
+    @property
+    def has_news(self) -> bool:
+        """Whether more has come already than was taken."""
+        return self.job.has_news
+
+    def close(self) -> None:
+        """Give up what has not come yet."""
+        self.job.close()
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
