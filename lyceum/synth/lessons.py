@@ -41,8 +41,8 @@ class LessonsConfig:
     howto: int = setting(3, "rounds over all training phrasings of the how-do-I intents", low=0)
     intents: int = setting(0, "how-do-I intents to teach; 0 for all", low=0)
     small_talk: int = setting(1, "rounds over the training phrasings of small talk", low=0)
-    harmful: int = setting(1, "rounds over the training requests to refuse", low=0)
-    alarming: int = setting(1, "rounds over the training requests that only sound alarming", low=0)
+    harmful: float = setting(1.0, "rounds over the training requests to refuse; 0.3 = about that share of them", low=0)
+    alarming: float = setting(1.0, "rounds over the training requests that only sound alarming", low=0)
     miss_share: float = setting(0.15, "share of conversations that are graceful misses", low=0, high=0.9)
     unstudied: int = setting(500, "declined real but unstudied names", low=0)
     near_miss: int = setting(250, "declined near misses", low=0)
@@ -203,7 +203,8 @@ class Lesson:
     def _written(self, chance: random.Random, split: str) -> Iterator[Conversation]:
         rounds = {cell: getattr(self.config, cell) for cell in ("howto", "small_talk", "harmful", "alarming")}
         for question in self.written_questions(split):
-            for _ in range(rounds.get(question.cell, 0)):
+            whole, rest = divmod(rounds.get(question.cell, 0), 1)
+            for _ in range(int(whole) + (rest > 0 and chance.random() < rest)):
                 yield self._ask(question, chance)
 
     def _declines(self, chance: random.Random) -> Iterator[Conversation]:

@@ -78,17 +78,39 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     Returns:
         A new tensor of the same shape. Source: Jordan 2024, X <- a X + (b A + c A A) X with A = X X^T.
     """
-    a, b, c = NEWTON_SCHULZ
     is_tall = matrices.size(1) > matrices.size(2)
     x = matrices.transpose(1, 2) if is_tall else matrices  # the short side first: the smaller A
     if x.is_cuda and x.dtype == torch.float32:
         x = x.bfloat16()
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7).view(-1, 1, 1)
+    # Where the matrix is much longer than wide the steps are cheaper on A alone; bf16 is too coarse for that.
+    in_gram = x.size(2) >= 2 * x.size(1) and x.dtype != torch.bfloat16
+    x = torch.bmm(_gram_steps(x, steps), x) if in_gram else _steps(x, steps)
+    return (x.transpose(1, 2) if is_tall else x).to(matrices.dtype)
+
+
+def _steps(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz steps of wide matrices (N, short, long), as written."""
+    a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = torch.bmm(x, x.transpose(1, 2))
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.transpose(1, 2) if is_tall else x).to(matrices.dtype)
+    return x
+
+
+def _gram_steps(x: Tensor, steps: int) -> Tensor:
+    """(N, short, short), the product of the steps' polynomials P = a I + b A + c A A: they and A commute, so A <- P A P."""
+    a, b, c = NEWTON_SCHULZ
+    gram, product = torch.bmm(x, x.transpose(1, 2)), None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else torch.bmm(polynomial, product)
+        if step < steps - 1:
+            gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
+    assert product is not None, "at least one step"
+    return product
 
 
 class Muon:

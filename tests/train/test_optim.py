@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lyceum.train.optim import AdamW, Learner, Muon, OptimizerSettings, is_layer_matrix, orthogonalise, schedule
+from lyceum.train.optim import (
+    NEWTON_SCHULZ,
+    AdamW,
+    Learner,
+    Muon,
+    OptimizerSettings,
+    is_layer_matrix,
+    orthogonalise,
+    schedule,
+)
 from lyceum.train.state import STATE, SavedState, write_state
 
 
@@ -72,6 +81,23 @@ def test_orthogonalise_keeps_singular_vectors_and_brings_values_near_one() -> No
         values = inner.diagonal()
         assert torch.allclose(inner, torch.diag(values), atol=1e-9)
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 48), (3, 64, 8)])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_long_matrices_take_the_same_steps_on_their_gram_matrix(shape: tuple[int, int, int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, size, rank, generator=generator, dtype=torch.float64) for size in shape[1:])
+    matrices = left @ right.transpose(1, 2)
+    expected = []
+    for x in matrices:  # the iteration as the post writes it
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = NEWTON_SCHULZ[0] * x + (NEWTON_SCHULZ[1] * gram + NEWTON_SCHULZ[2] * gram @ gram) @ x
+        expected.append(x)
+    torch.testing.assert_close(orthogonalise(matrices), torch.stack(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(orthogonalise(matrices.float()).double(), torch.stack(expected), rtol=0, atol=2e-4)
 
 
 def test_orthogonalise_of_zero_is_zero() -> None:
