@@ -18,8 +18,6 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
 
-from lyceum.serve.limits import Key, Keys, hash_of  # noqa: E402
-
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
@@ -395,9 +393,8 @@ def test_the_keys_do_what_their_sheet_says(page: Make, visit: Make) -> None:
     expect(tab.locator(".hello")).to_be_visible()
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one(page: Make, visit: Make) -> None:
-    keys = Keys([Key("alice", hash_of("a" * 40))])
-    tab = visit(page(keys=keys), waits_for=".dialog input")
+def test_a_key_is_asked_for_where_the_server_wants_one(page: Make, visit: Make, known: Make) -> None:
+    tab = visit(page(porter=known("alice")), waits_for=".dialog input")
     shot(tab, "key")
     for key in ("b", "a"):  # a wrong one is asked for again
         tab.locator(".dialog input").fill(key * 40)
