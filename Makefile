@@ -1,6 +1,8 @@
 # make demo        school the demo's assistant (about ten minutes on two cores), then talk to it
 # make demo-long   the same lesson for an hour: a larger model, more facts
 # make test        the tests, with lint; make test-slow: the learning tests over seeds
+#                  (lm_eval and LangChain against the server are skipped unless they are installed: `pip install -c constraints.txt
+#                  'lm_eval[api]' langchain-openai` resolves beside the pinned packages and brings 55 more, scipy among them)
 # make lint        ruff and mypy
 # make clean       remove what was built (not the runs)
 

@@ -4,6 +4,7 @@
     lyceum sft demo --set sft.epochs=4  one stage of it        lyceum sft --help           its settings
     lyceum plan demo                    what it would take
     lyceum serve runs/demo              its chat page and its API over HTTP
+    lyceum keys new runs/demo ann       a key for it       lyceum keys list runs/demo
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
     lyceum feedback export runs/demo --to rankings.jsonl    what people said about its answers, to learn from
@@ -114,6 +115,7 @@ def make_parser() -> Parser:
     )
     export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
     export.set_defaults(do=_feedback_export)
+    _keys_options(_verb(verbs, "keys", "who may ask a server: make keys, list, rename and revoke them"))
     lab = _verb(verbs, "lab", "run an experiment on models of its own: overoptimisation")
     lab.add_argument("experiment", choices=["overoptimisation"], help="which (Gao et al. 2022: gold score against KL)")
     lab.add_argument(
@@ -150,12 +152,11 @@ def _serve_options(parser: Parser) -> None:
     add("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 takes any free one (default 8000)")
     add(
-        "--api-key", default=os.environ.get("LYCEUM_API_KEY", ""), metavar="KEY", help="ask for it; also LYCEUM_API_KEY"
+        "--api-key",
+        default=os.environ.get("LYCEUM_API_KEY", ""),
+        metavar="KEY",
+        help="ask for it, beside those of `lyceum keys`; also LYCEUM_API_KEY",
     )
-    add("--keys", default="", metavar="FILE", help="ask for one of the keys in this file")
-    add("--new-key", default="", metavar="NAME", help="make a key, write its hash into --keys, show it, and leave")
-    add("--scope", action="append", default=[], help="of the new key: models, inference, metrics; may be repeated")
-    add("--days", type=float, default=0.0, help="for how long the new key is good (default: for ever)")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name under which the server is reached")
     add("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may use the server")
     add("--max-batch", type=int, default=16, help="replies side by side, of each model (default 16)")
@@ -171,6 +172,34 @@ def _serve_options(parser: Parser) -> None:
     )
     add("--certificate", default="", metavar="FILE", help="PEM, for TLS")
     add("--private-key", default="", metavar="FILE", help="PEM, for TLS")
+
+
+def _keys_options(parser: Parser) -> None:
+    deeds = parser.add_subparsers(dest="deed", metavar="DEED", required=True)
+    says = {
+        "new": "make a key and show it, once; its hash is kept",
+        "list": "show all keys, those that have ended too",
+        "rename": "call a key something else",
+        "revoke": "end a key now; its chats stay",
+        "forget": "take a key off the list",
+    }
+    for deed, help in says.items():
+        verb = _verb(deeds, deed, help)
+        verb.add_argument("path", metavar="RUN_OR_STORE", help="a run's folder, a store's file, or its address")
+        if deed in ("rename", "revoke", "forget"):
+            verb.add_argument("id", metavar="ID", help="as the list shows it")
+        if deed in ("new", "rename"):
+            verb.add_argument("name", metavar="NAME", help="the person or the program that will use it")
+        verb.set_defaults(do={"new": _keys_new, "list": _keys_list}.get(deed, _keys_change))
+        if deed == "new":
+            verb.add_argument(
+                "--scope",
+                action="append",
+                default=[],
+                help="models, inference, metrics; may be repeated (default: two)",
+            )
+            verb.add_argument("--days", type=float, default=0.0, help="for how long it is good (default: for ever)")
+            verb.add_argument("--owner", default="", help="whose chats it opens (default: its own)")
 
 
 def _recipe_options(parser: Parser) -> None:
@@ -266,6 +295,24 @@ def _feedback_export(args: argparse.Namespace) -> None:
     from lyceum.cli import feedback
 
     print(feedback.export(args.path, args.to, args.format, args.held_out))
+
+
+def _keys_new(args: argparse.Namespace) -> None:
+    from lyceum.cli import keys
+
+    print(keys.new(args.path, args.name, scopes=args.scope, days=args.days, owner=args.owner))
+
+
+def _keys_list(args: argparse.Namespace) -> None:
+    from lyceum.cli import keys
+
+    print(keys.listed(args.path))
+
+
+def _keys_change(args: argparse.Namespace) -> None:
+    from lyceum.cli import keys
+
+    print(keys.change(args.path, args.deed, args.id, getattr(args, "name", "")))
 
 
 def _lab(args: argparse.Namespace) -> None:

@@ -2,8 +2,7 @@
 
 The model is named after its run's folder, or as ``--model name=path`` says, which may be given more than once. What is
 served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`). The page's conversations are kept in the first
-run's folder, or where ``--store`` says. ``--new-key NAME`` writes a key into the file of
-keys, shows it once, and leaves.
+run's folder, or where ``--store`` says; the keys that it asks for are there too (`lyceum.cli.keys`).
 
 It only finds folders and hands them over: the server is `lyceum.serve.server`.
 """
@@ -28,9 +27,6 @@ def serve(args: argparse.Namespace) -> None:
     """
     from lyceum.cli.chat import find_about, find_checkpoint
 
-    if args.new_key:
-        new_key(args)
-        return
     choices: dict[str, Choice] = {}
     for name, path in named(args.path, args.model):
         if name in choices:
@@ -55,7 +51,6 @@ def serve(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
-        keys=args.keys,
         allow_host=tuple(args.allow_host),
         allow_origin=tuple(args.allow_origin),
         max_batch=args.max_batch,
@@ -93,13 +88,3 @@ def named(path: str | None, models: list[str]) -> list[tuple[str, Path]]:
     if not found:
         raise UsageError("there is nothing to serve", hint="lyceum serve runs/demo, or --model NAME=PATH")
     return found
-
-
-def new_key(args: argparse.Namespace) -> None:
-    """Make a key, and show it."""
-    from lyceum.serve.limits import Keys
-
-    if not args.keys:
-        raise UsageError("a key is kept in a file", hint="--keys FILE --new-key NAME")
-    key = Keys.add(args.keys, args.new_key, args.scope, args.days)
-    print(key, flush=True)

@@ -175,6 +175,11 @@ class Answers:
         running.job.close()
         return True
 
+    def stop_all(self, caller: Caller) -> None:
+        """Stop all answers of a caller."""
+        for id in [id for id, running in self.running.items() if running.caller.id == caller.id]:
+            self.stop(caller, id)
+
     async def follow(self, caller: Caller, message: str, num_blocks: int, as_json: AsJson) -> AsyncIterator[Told]:
         """News of an answer, and last the whole message; of one that has ended, only that. Raises NotFound."""
         running = self.running.get(message)

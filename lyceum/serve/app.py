@@ -1,6 +1,6 @@
 """The API: routes over the service, as an ASGI application; and how an answer leaves.
 
-    app = make_app(Service([served]), keys=Keys())       # any ASGI server runs it; ours is lyceum.serve.server
+    app = make_app(Service([served]), porter=Porter())       # any ASGI server runs it; ours is lyceum.serve.server
 
 | route | what it does |
 |---|---|
@@ -37,12 +37,13 @@ from starlette.types import Receive, Scope, Send
 
 from lyceum import __version__
 from lyceum.corpus.records import Conversation
+from lyceum.errors import LyceumError
 from lyceum.log import log
 from lyceum.serve.answers import DONE, event, token_name
 from lyceum.serve.chat import Chat, chat_of, check_size, edit
 from lyceum.serve.completions import Completion, check_ids
 from lyceum.serve.guard import Guard, body_of, caller_of, refused
-from lyceum.serve.limits import Keys
+from lyceum.serve.porter import Porter
 from lyceum.serve.protocol import (
     REQUESTS,
     ChatRequest,
@@ -73,19 +74,20 @@ NOTHING_OUT: TelemetryConfig = {
     "auto_configure": False,
 }  # nobody else is told anything
 SCHEMAS = "#/components/schemas/{model}"
+PRIVATE = {"cache-control": "no-store"}
 
 
 def make_app(
     service: Service,
     *,
-    keys: Keys | None = None,
+    porter: Porter | None = None,
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
     routers: Iterable[APIRouter] = (),
 ) -> FastAPI:
     """The application. It starts the service when it starts, and stops it when it ends.
 
-    keys: who may ask; none, and everybody may. hosts, origins: see `lyceum.serve.guard.Guard`. routers: what else there is.
+    porter: who is let in; none, and everybody is. hosts, origins: see `lyceum.serve.guard.Guard`. routers: what else there is.
     """
 
     @asynccontextmanager
@@ -98,9 +100,10 @@ def make_app(
     app = FastAPI(
         title="Lyceum", version=__version__, lifespan=life, docs_url=None, redoc_url=None, telemetry=NOTHING_OUT
     )
-    app.add_middleware(Guard, service=service, keys=keys or Keys(), hosts=tuple(hosts), origins=tuple(origins))
+    app.add_middleware(Guard, service=service, porter=porter or Porter(), hosts=tuple(hosts), origins=tuple(origins))
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(Refusal, _failed)
+    app.add_exception_handler(LyceumError, _failed)
     app.add_exception_handler(HTTPException, _no_route)
     app.include_router(api(service))
     for router in routers:
@@ -244,6 +247,13 @@ def _parse(content: bytes, max_items: int) -> Any:
 def as_json(content: Any) -> Response:
     """An answer in one piece."""
     return Response(json.dumps(content, separators=(",", ":")), media_type="application/json")
+
+
+def private(content: Any) -> Response:
+    """An answer in one piece that no cache keeps."""
+    found = as_json(content)
+    found.headers.update(PRIVATE)
+    return found
 
 
 async def answer(request: Request, opening: Coroutine[Any, Any, Chat | Completion], is_stream: bool) -> Response:

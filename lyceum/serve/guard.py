@@ -25,7 +25,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lyceum.serve.limits import EVERYBODY, Caller, Keys
+from lyceum.serve.limits import EVERYBODY, Caller
+from lyceum.serve.porter import Porter
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.service import Service
 from lyceum.serve.worker import Gone
@@ -52,14 +53,14 @@ class Guard:
         app: ASGIApp,
         *,
         service: Service,
-        keys: Keys,
+        porter: Porter,
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
     ):
         self.app = app
         self.service = service
         self.limits = service.limits
-        self.keys = keys
+        self.porter = porter
         self.hosts = {host.lower().rstrip(".") for host in (*LOCAL, *hosts)}
         self.origins = {origin.lower().rstrip("/") for origin in origins}
         self._num_bytes = 0  # of the bodies that are held
@@ -88,7 +89,7 @@ class Guard:
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await self._preflight(headers)(scope, receive, tell)
                 return
-            scope["lyceum.caller"] = self._caller(scope["path"], headers)
+            scope["lyceum.caller"] = await self._caller(scope["path"], headers)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 content = await self._read(headers, receive)
                 num_bytes = len(content)
@@ -123,10 +124,10 @@ class Guard:
         }
         return Response(status_code=204, headers=allowed)
 
-    def _caller(self, path: str, headers: Headers) -> Caller:
+    async def _caller(self, path: str, headers: Headers) -> Caller:
         if path in OPEN or path.startswith(OPEN_BELOW):
             return EVERYBODY
-        caller = self.keys.caller(headers.get("authorization"))
+        caller = await self.porter.caller(headers.get("authorization"))
         caller.need(SCOPE_OF.get(path) or ("models" if path.startswith("/v1/models/") else "inference"))
         return caller
 

@@ -165,6 +165,19 @@ class Judgements:
                 query = query.where(JUDGEMENTS.c.conversation == conversation)
             return [_judgement(row) for row in connection.execute(query)]
 
+    def left_behind(self, owner: str) -> Iterator[Judgement]:
+        """An owner's judgements whose conversation was deleted, oldest first; no transaction is open meanwhile."""
+        table, at = JUDGEMENTS.c, 0
+        mine = (table.owner == need_owner(owner), table.conversation.is_(None))
+        query = select(JUDGEMENTS).where(*mine).order_by(table.number).limit(BATCH)
+        while True:
+            with self.database.reading() as connection:
+                page = connection.execute(query.where(table.number > at)).all()
+            if not page:
+                return
+            yield from map(_judgement, page)
+            at = page[-1].number
+
     def withdraw(self, owner: str, judgement: str) -> None:
         """Take a judgement back: it is deleted. Raises NotFound."""
         with self.database.writing() as connection:

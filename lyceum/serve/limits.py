@@ -1,36 +1,26 @@
-"""What a client may do: bounds on a request, keys, and how much at once.
+"""What a client may do: bounds on a request, scopes, and how much at once.
 
-    limits = Limits(); keys = Keys.read("keys.json"); caller = keys.caller("Bearer sk-...")
+    limits = Limits(); quota = Quota(limits, room=64); quota.take(caller, num_sequences, num_tokens)
 
 **Bounds** are numbers in one place (`Limits`); the protocol's own (at most 4 stop strings, 20 alternatives, ...) stand with
 the fields in `lyceum.serve.protocol`.
 
-**Keys** are 256 random bits, kept as their SHA-256: such a key cannot be guessed, so a slow hash would protect nothing. The
-hash of what is presented is compared with every key there is, each in constant time, so that the time tells neither which
-key was nearly right nor how many there are. A key has scopes and may expire.
+**A caller** is who asks: the owner of a key (`lyceum.serve.porter` finds it), and what that key may do.
 
 **Quota** counts what each caller has running and how many tokens it was promised lately.
 
-What it is not: users and passwords; a caller is a key.
+What it is not: users and passwords, or keys (`lyceum.serve.keys`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
-import secrets
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from lyceum.errors import DataError, UsageError
-from lyceum.run import write_json
 from lyceum.serve.refusals import Refusal
 
 SCOPES = ("models", "inference", "metrics")  # list models and cut text; make text; read the server's numbers
-PREFIX = "sk-lyceum-"
 MIN_KEY = 32  # characters of a key that somebody chose, where the address is public
 
 
@@ -78,82 +68,6 @@ class Caller:
 
 
 EVERYBODY = Caller("everybody")  # where no keys are asked for
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key as it is kept. expires: seconds since 1970; 0 for never."""
-
-    name: str
-    hash: str
-    scopes: tuple[str, ...] = ("models", "inference")
-    expires: float = 0.0
-
-    def __post_init__(self) -> None:
-        unknown = set(self.scopes) - set(SCOPES)
-        if unknown or not self.name:
-            raise UsageError(
-                f"key {self.name!r} has no name, or an unknown scope {sorted(unknown)}",
-                hint=f"scopes: {', '.join(SCOPES)}",
-            )
-
-
-def hash_of(key: str) -> str:
-    """What is kept of a key."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-class Keys:
-    """The keys of a server. None at all: everybody may do everything."""
-
-    def __init__(self, keys: Iterable[Key] = ()):
-        self.keys = tuple(keys)
-
-    @classmethod
-    def read(cls, path: Path | str) -> Keys:
-        """The keys of a file that `add` wrote. Raises DataError if it is none."""
-        try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))["keys"]
-            return cls(Key(**{**row, "scopes": tuple(row["scopes"])}) for row in rows)
-        except FileNotFoundError:
-            raise DataError(
-                "there is no such file", file=path, hint="make a key: lyceum serve --keys FILE --new-key NAME"
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"not a file of keys: {error}", file=path, hint="make it anew with --new-key") from None
-
-    @classmethod
-    def add(cls, path: Path | str, name: str, scopes: Iterable[str] = (), days: float = 0.0) -> str:
-        """Make a key, note its hash in a file, and return it: nobody will see it again.
-
-        A key of that name is replaced. days: for how long it is good; 0 for ever.
-        """
-        kept = cls.read(path).keys if Path(path).exists() else ()
-        key = PREFIX + secrets.token_urlsafe(32)
-        expires = time.time() + 86400 * days if days else 0.0
-        new = Key(name, hash_of(key), tuple(scopes) or Key.scopes, expires)
-        write_json(Path(path), {"keys": [asdict(one) for one in (*(k for k in kept if k.name != name), new)]})
-        Path(path).chmod(0o600)
-        return key
-
-    def caller(self, authorization: str | None) -> Caller:
-        """Who presents this header. Raises Refusal if nobody we know does."""
-        if not self.keys:
-            return EVERYBODY
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise Refusal(
-                401,
-                "You didn't provide an API key: send it as 'Authorization: Bearer YOUR_KEY'.",
-                code="missing_api_key",
-            )
-        presented = hash_of(token.strip())
-        found = [key for key in self.keys if hmac.compare_digest(key.hash, presented)]
-        if not found:
-            raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
-        if 0 < found[0].expires <= time.time():
-            raise Refusal(401, "The API key provided has expired.", code="expired_api_key")
-        return Caller(found[0].name, frozenset(found[0].scopes))
 
 
 @dataclass

@@ -7,6 +7,7 @@ Labels have few values: routes by their pattern and never by what was asked for,
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Metrics:
 
 
 class _Now(Collector):
-    """What is under way at the moment of asking."""
+    """What is under way at the moment of asking; asked on the event loop."""
 
     def __init__(self, service: Service):
         self.service = service
@@ -66,6 +67,12 @@ class _Now(Collector):
         for served in self.service.models.values():
             live.add_metric([served.name], len(served.seat.live))
         yield live
+        let_in = GaugeMetricFamily("lyceum_let_in", "Replies that were let in and have not been given back.")
+        let_in.add_metric([], self.service.quota.running)
+        yield let_in
+        tasks = GaugeMetricFamily("lyceum_tasks", "Tasks of the event loop that asks, this one too.")
+        tasks.add_metric([], len(asyncio.all_tasks()))
+        yield tasks
         failures = CounterMetricFamily("lyceum_engine_failures", "Steps of an engine that failed.")
         failures.add_metric([], self.service.worker.num_failures)
         yield failures

@@ -14,6 +14,7 @@
 | GET /api/messages/{id}/events | an answer under way, as server-sent events, from any block on |
 | POST /api/messages/{id}/thumb, /correction | judge it; correct it in its place |
 | POST /api/comparisons | which of two answers is better |
+| GET /api/account/export; POST /api/account/import; DELETE /api/account | all of somebody's data (`lyceum.serve.accounts`) |
 
 Every object is read by its owner, who is the caller that the guard found; another's is not there (404). The store blocks, so
 it is asked from threads. Two answers to be compared carry `pair` and `side` in their parameters: sides are drawn by lot.
@@ -28,6 +29,7 @@ import hashlib
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,14 +37,15 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from lyceum.errors import NotFound, StoreError
+from lyceum.log import log
+from lyceum.serve.accounts import accounts
 from lyceum.serve.answering import Answers, Prompt, Told, prompt_of
-from lyceum.serve.app import EventStream, as_json, read
+from lyceum.serve.app import PRIVATE, EventStream, private, read
 from lyceum.serve.chat import chat_of
 from lyceum.serve.guard import caller_of
 from lyceum.serve.judgements import Judgement
 from lyceum.serve.limits import Caller
-from lyceum.serve.portable import as_markdown
+from lyceum.serve.portable import as_json, as_markdown
 from lyceum.serve.protocol import Sampled
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.render import render
@@ -67,7 +70,7 @@ HEADERS = {
     "cache-control": "no-cache",
 }
 PAGE = 40  # conversations in one part of the list
-PRIVATE = {"cache-control": "no-store"}
+SETTLE_EVERY_S = 30.0
 
 
 def pages(
@@ -78,8 +81,17 @@ def pages(
     about: what the model studied and what to ask it (`studied`, `cannot`, `ask`), from its lessons. is_own_machine: nobody
     but its owner uses the server, so that judgements may be learned from unless the box is unticked; else unless it is ticked.
     """
-    router = APIRouter()
     desk = Desk(service, store)
+
+    @asynccontextmanager
+    async def life(app: Any) -> AsyncIterator[None]:
+        settling = asyncio.create_task(settle_now_and_then(store))
+        yield
+        settling.cancel()
+        await asyncio.gather(settling, return_exceptions=True)
+
+    router = APIRouter(lifespan=life)
+    router.include_router(accounts(service, store, desk.answers, is_own_machine=is_own_machine))
 
     def route(method: str, path: str) -> Callable[..., Any]:
         return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)
@@ -111,7 +123,7 @@ def pages(
         wish = await read(request, Begin, service)
         kept = wish.parameters.kept()
         new = await desk.ask(store.new, caller_of(request).id, title=wish.title, system=wish.system, parameters=kept)
-        return private(conversation_json(new))
+        return private(new.to_json())
 
     @route("GET", "/api/conversations/{id}")
     async def opened(request: Request, id: str) -> Response:
@@ -128,7 +140,7 @@ def pages(
             if (await desk.ask(store.message, owner, wish.leaf)).conversation != id:
                 raise Refusal(404, "There is no such message in this conversation.", code="not_found")
             about = await desk.ask(store.show, owner, wish.leaf)
-        return private(conversation_json(about))
+        return private(about.to_json())
 
     @route("DELETE", "/api/conversations/{id}")
     async def deleted(request: Request, id: str) -> Response:
@@ -142,7 +154,7 @@ def pages(
             return Response(as_markdown(thread), headers=PRIVATE, media_type="text/markdown; charset=utf-8")
         if format != "json":
             raise Refusal(400, f"'format' is {format[:20]!r}, expected json or markdown.", param="format")
-        return private(as_export(thread, judged))
+        return private(as_json(thread, judged))
 
     @route("POST", "/api/conversations/{id}/turns")
     async def turns(request: Request, id: str) -> Response:
@@ -159,7 +171,7 @@ def pages(
         wish, caller = await read(request, Again, service), caller_of(request)
         thread, message = await desk.around(caller, id)
         path = desk.path(thread, message.parent if message.role == "assistant" else id)
-        if not path or path[-1].role != "user":
+        if not path or path[-1].role not in ("user", "tool"):
             raise Refusal(400, "There is nothing here to be answered.", param="id")
         return private({"messages": await desk.answer(caller, thread, path, wish)})
 
@@ -207,6 +219,17 @@ def pages(
     return router
 
 
+async def settle_now_and_then(store: Store) -> None:
+    """Say of answers whose writer is gone that they were interrupted: another server's too, and while this one runs."""
+    while True:
+        await asyncio.sleep(SETTLE_EVERY_S)
+        try:
+            if num_settled := await asyncio.to_thread(store.settle):
+                log.info(f"{num_settled} answers were interrupted: their writer is gone")
+        except Exception as error:  # the database may be away, and come back
+            log.warning(f"interrupted answers could not be settled: {error}")
+
+
 class Desk:
     """What the routes do."""
 
@@ -215,13 +238,8 @@ class Desk:
         self.answers = Answers(service, store)
 
     async def ask(self, work: Callable[..., T], *given: Any, **named: Any) -> T:
-        """Ask the store, from a thread. Raises Refusal: 404 for what is not the caller's, 409 for what cannot be done now."""
-        try:
-            return await asyncio.to_thread(work, *given, **named)
-        except NotFound as error:
-            raise Refusal(404, error.message, code="not_found") from None
-        except StoreError as error:
-            raise Refusal(409, error.message, code="conflict") from None
+        """Ask the store, from a thread."""
+        return await asyncio.to_thread(work, *given, **named)
 
     async def thread(self, caller: Caller, id: str) -> tuple[Thread, list[Judgement]]:
         """A conversation and what was said of its answers."""
@@ -248,7 +266,7 @@ class Desk:
                 first.setdefault(hit.conversation, hit)
             found = await self.ask(self._known, caller.id, list(first))
             rows = [
-                conversation_json(about)
+                about.to_json()
                 | ({} if first[about.id].message is None else {"message": first[about.id].message})
                 | ({} if first[about.id].message is None else {"excerpt": first[about.id].text})
                 for about in found
@@ -256,7 +274,7 @@ class Desk:
             return {"conversations": rows, "next": None}
         page = await self.ask(self.store.latest, caller.id, limit=PAGE, after=before or None)
         return {
-            "conversations": [conversation_json(about) for about in page],
+            "conversations": [about.to_json() for about in page],
             "next": page[-1].id if len(page) == PAGE else None,
         }
 
@@ -373,12 +391,12 @@ class Desk:
                 if answer.message in more:
                     more[answer.message] |= _mark(one)
         messages = [self.message_json(message) | more[message.id] for message in thread.messages]
-        return {"conversation": conversation_json(thread.about), "messages": messages}
+        return {"conversation": thread.about.to_json(), "messages": messages}
 
     def message_json(self, message: StoredMessage) -> Told:
         """A message as the page shows it; an answer as blocks of HTML."""
         told = asdict(message)
-        for name in ("conversation", "tool_calls", "tool_call_id", "system", "updated"):
+        for name in ("conversation", "system", "updated"):
             del told[name]
         if message.role == "assistant":
             told["blocks"] = render(message.content) if message.state != "streaming" else []
@@ -410,30 +428,11 @@ class Following:
 BLANK = StoredMessage("", "", None, "user", "", (), None, "", "", {}, None, None, "", "done", 0.0, 0.0)
 
 
-def private(content: Any) -> Response:
-    """An answer that no cache keeps."""
-    answer = as_json(content)
-    answer.headers.update(PRIVATE)
-    return answer
-
-
-def conversation_json(about: StoredConversation) -> Told:
-    """A conversation as the page lists it."""
-    return {name: value for name, value in asdict(about).items() if name != "owner"}
-
-
 def _mark(one: Judgement) -> Told:
     """What the page shows of a judgement beside the answer."""
     if one.kind == "rating":
         return {"thumb": 1 if one.value else -1}
     return {"corrected": True} if one.kind == "correction" else {"judged": True}
-
-
-def as_export(thread: Thread, judged: Sequence[Judgement]) -> Told:
-    """Everything of a conversation: its tree, its settings, and what was said of its answers."""
-    messages = [{k: v for k, v in asdict(message).items() if k != "conversation"} for message in thread.messages]
-    judgements = [one.to_json() for one in judged]
-    return {**conversation_json(thread.about), "messages": messages, "judgements": judgements}
 
 
 def _file(request: Request, content: bytes, kind: str) -> Response:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lyceum.errors import LyceumError, ResourceError, did_you_mean
+from lyceum.errors import LyceumError, NotFound, ResourceError, StoreError, did_you_mean
 
 TYPES = {  # of a status; any other 4xx is an invalid request, any other 5xx a server error
     401: "authentication_error",
@@ -98,6 +98,10 @@ def of_error(error: Exception) -> Refusal:
         return error
     if isinstance(error, ResourceError):
         return Refusal(503, error.message, code="overloaded", retry_after_s=5.0)
+    if isinstance(error, NotFound):  # what is another's is not there either
+        return Refusal(404, error.message, code="not_found")
+    if isinstance(error, StoreError):  # it cannot be done now
+        return Refusal(409, error.message, code="conflict")
     if isinstance(error, LyceumError):
         return Refusal(400, f"{error.message} ({error.hint})" if error.hint else error.message)
     return Refusal(500, "The server had an error while processing your request.", code="internal_error")

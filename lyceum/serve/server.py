@@ -26,9 +26,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lyceum.errors import UsageError
 from lyceum.serve.app import make_app
-from lyceum.serve.limits import MIN_KEY, Key, Keys, Limits, hash_of
+from lyceum.serve.limits import MIN_KEY, Limits
 from lyceum.serve.models import load
 from lyceum.serve.pages import pages
+from lyceum.serve.porter import Porter
 from lyceum.serve.service import Service
 from lyceum.serve.store import Store
 
@@ -40,7 +41,7 @@ SHUTDOWN_S = 5  # answers under way may take so long to end
 class ServerConfig:
     """Where a server listens and whom it answers.
 
-    host, port: 0 takes any free port. api_key: one key for everything; keys: a file of keys. allow_host, allow_origin: names
+    host, port: 0 takes any free port. api_key: one key for everything, beside those of the store. allow_host, allow_origin: names
     and sites beyond this machine's own. max_batch: replies made side by side, of each model. certificate, private_key: PEM
     files, for TLS. store: where conversations and judgements are kept, as `lyceum.serve.database` has it; without one there is no
     chat page. about: what the models studied and what to ask them, which the page shows.
@@ -49,7 +50,6 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str = ""
-    keys: str = ""
     allow_host: tuple[str, ...] = ()
     allow_origin: tuple[str, ...] = ()
     max_batch: int = 16
@@ -59,22 +59,21 @@ class ServerConfig:
     about: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
 
-    def all_keys(self) -> Keys:
-        """The keys of the file and the one that was given. Raises UsageError where a public address has none."""
-        found = list(Keys.read(self.keys).keys) if self.keys else []
-        if self.api_key:
-            if not is_local(self.host) and len(self.api_key) < MIN_KEY:
-                raise UsageError(
-                    f"a key of {len(self.api_key)} characters can be guessed, and {self.host} can be reached by others",
-                    hint=f"at least {MIN_KEY} characters, or let one be made: --keys FILE --new-key NAME",
-                )
-            found.append(Key("api-key", hash_of(self.api_key), ("models", "inference", "metrics")))
-        if not found and not is_local(self.host):
+    def porter(self, store: Store | None) -> Porter:
+        """Who is let in: the keys of the store and the one that was given. Raises UsageError where a public address has none."""
+        is_public = not is_local(self.host)
+        if self.api_key and is_public and len(self.api_key) < MIN_KEY:
+            raise UsageError(
+                f"a key of {len(self.api_key)} characters can be guessed, and {self.host} can be reached by others",
+                hint=f"at least {MIN_KEY} characters, or let one be made: lyceum keys new RUN NAME",
+            )
+        found = Porter(store.keys.all if store is not None else tuple, api_key=self.api_key)
+        if is_public and not found.asks:
             raise UsageError(
                 f"{self.host} can be reached by others, and there is no key",
-                hint="make one: lyceum serve --keys FILE --new-key NAME; then add --keys FILE",
+                hint="make one: lyceum keys new RUN NAME, with the run or the store that is served",
             )
-        return Keys(found)
+        return found
 
 
 def is_local(host: str) -> bool:
@@ -92,19 +91,20 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
     Raises UsageError for an address without keys or that is taken, CheckpointError for a model that cannot be read,
     StoreError for a store that cannot be opened.
     """
-    keys = config.all_keys()
-    listening = listen(config.host, config.port)
     with contextlib.ExitStack() as at_the_end:
+        store = Store.open(config.store) if config.store else None
+        if store is not None:
+            at_the_end.callback(store.close)
+        porter = config.porter(store)
+        listening = listen(config.host, config.port)
         at_the_end.callback(listening.close)
         served = [load(name, folder, max_batch=config.max_batch) for name, folder in models.items()]
         service = Service(served, limits=config.limits)
         hosts = (*config.allow_host, config.host) if not is_any(config.host) else config.allow_host
         routers = []
-        if config.store:
-            store = Store.open(config.store)
-            at_the_end.callback(store.close)
-            routers.append(pages(service, store, about=config.about, is_own_machine=not keys.keys))
-        app = make_app(service, keys=keys, hosts=hosts, origins=config.allow_origin, routers=routers)
+        if store is not None:
+            routers.append(pages(service, store, about=config.about, is_own_machine=not porter.asks))
+        app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"
         shown = f"[{config.host}]" if ":" in config.host else config.host

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,6 +144,18 @@ class Store:
                 query = query.where(tuple_(*order) < tuple_(last.pinned, last.updated, last.number))
             return [as_conversation(row) for row in connection.execute(query)]
 
+    def every(self, owner: str) -> Iterator[str]:
+        """The ids of all the owner's conversations, oldest first; no transaction is open meanwhile."""
+        table, at = CONVERSATIONS.c, 0
+        query = select(table.number, table.id).where(table.owner == need_owner(owner)).order_by(table.number)
+        while True:
+            with self.database.reading() as connection:
+                page = connection.execute(query.where(table.number > at).limit(CHUNK)).all()
+            if not page:
+                return
+            yield from (id for _, id in page)
+            at = page[-1].number
+
     def thread(self, owner: str, conversation: str) -> Thread:
         """A conversation with all its messages. Raises NotFound."""
         with self.database.reading() as connection:
@@ -201,6 +213,23 @@ class Store:
             connection.execute(delete(MESSAGES).where(inside))
             terms.remove(connection, "conversations", [number])
             connection.execute(delete(CONVERSATIONS).where(CONVERSATIONS.c.number == number))
+
+    def forget(self, owner: str) -> int:
+        """Delete all that is an owner's, really: conversations, messages, judgements; returns how many conversations.
+
+        Its keys stay. The files are scrubbed too (`Database.scrub`), which takes seconds where there is much.
+        """
+        mine = select(CONVERSATIONS.c.id).where(CONVERSATIONS.c.owner == need_owner(owner))
+        with self.database.writing() as connection:
+            connection.execute(delete(JUDGEMENTS).where(JUDGEMENTS.c.owner == owner))
+            inside = MESSAGES.c.conversation.in_(mine)
+            numbers = connection.execute(delete(MESSAGES).where(inside).returning(MESSAGES.c.number)).scalars().all()
+            terms.remove(connection, "messages", numbers)
+            gone = delete(CONVERSATIONS).where(CONVERSATIONS.c.owner == owner).returning(CONVERSATIONS.c.number)
+            conversations = connection.execute(gone).scalars().all()
+            terms.remove(connection, "conversations", conversations)
+        self.database.scrub()
+        return len(conversations)
 
     # ---------------------------------------------------------------------------- messages
 

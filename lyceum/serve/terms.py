@@ -28,6 +28,7 @@ LONGEST_WORD = 64  # characters; the rest of a longer one (a key, a picture as t
 QUERY_TERMS = 64  # terms of a query that are looked for
 PARTS = {"messages": "content", "conversations": "title"}  # table -> the column that is searched
 BATCH = 500
+FEW = 1000  # texts that fit, up to which PostgreSQL's index gives them all
 
 # Scripts without spaces between words: Thai to Tibetan, Burmese, Khmer, kana, Hangul, Han and its extensions.
 UNSPACED = (
@@ -146,10 +147,17 @@ def find(
         )
     else:
         values["fits"] = " & ".join("(" + " <-> ".join(f"'{term}'" for term in phrase) + ":*)" for phrase in phrases)
-        statement = (
-            f"SELECT {what} FROM {table} t {join} WHERE t.terms @@ CAST(:fits AS tsquery) "
-            "AND t.number < :before AND c.owner = :owner ORDER BY t.number DESC LIMIT :limit"
+        # PostgreSQL knows no share of texts for the beginning of a word, takes a rare one for common, and would read all rows
+        # from the newest on. So the index is asked first, in no order: it knows a rare one at once, and where it has found
+        # FEW, the newest rows hold enough of them.
+        where = (
+            f"FROM {table} t {join} WHERE t.terms @@ CAST(:fits AS tsquery) AND t.number < :before AND c.owner = :owner"
         )
+        some = connection.execute(text(f"SELECT t.number {where} LIMIT {FEW}"), values).scalars().all()
+        if len(some) < FEW:
+            values = {"numbers": sorted(some, reverse=True)[:limit]}
+            where = f"FROM {table} t {join} WHERE t.number = ANY(:numbers)"
+        statement = f"SELECT {what} {where} ORDER BY t.number DESC LIMIT {limit}"
     return [dict(row) for row in connection.execute(text(statement), values).mappings()]
 
 

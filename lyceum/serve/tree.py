@@ -9,8 +9,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, Row, Select, select, update
 
@@ -33,6 +33,10 @@ class StoredConversation:
     leaf: str | None
     created: float
     updated: float
+
+    def to_json(self) -> dict[str, Any]:
+        """It as its owner is shown it."""
+        return {name: value for name, value in asdict(self).items() if name != "owner"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,17 @@ def path_to(messages: Sequence[StoredMessage], leaf: str | None) -> tuple[Stored
     return tuple(reversed(found))
 
 
-def newest_leaf(messages: Sequence[StoredMessage], top: str | None) -> str | None:
+class Node(Protocol):
+    """What hangs in a tree."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def parent(self) -> str | None: ...
+
+
+def newest_leaf(messages: Iterable[Node], top: str | None) -> str | None:
     """The end of the branch that goes from `top` to the newest reply each time; None where there is no message."""
     newest = {one.parent: one.id for one in messages}  # the last of each parent's stays
     leaf = top

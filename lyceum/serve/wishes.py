@@ -98,3 +98,10 @@ class Comparison(Wish):
     verdict: Literal["left", "right", "tie", "neither"]
     reason: Annotated[str, Field(max_length=5000)] = ""
     consent: bool = False
+
+
+class Arrivals(Wish):
+    """Conversations from a file, of ours or of ChatGPT's, and judgements whose conversation is gone."""
+
+    conversations: Annotated[list[dict[str, Any]], Field(max_length=5000)] = Field(default_factory=list)
+    judgements: Annotated[list[dict[str, Any]], Field(max_length=5000)] = Field(default_factory=list)

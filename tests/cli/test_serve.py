@@ -25,7 +25,8 @@ from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.serve import server
-from lyceum.serve.limits import Keys
+from lyceum.serve.database import Database
+from lyceum.serve.keys import Keys, match
 from lyceum.tokens.tokenizer import Tokenizer
 
 
@@ -50,9 +51,7 @@ def asked(*words: str) -> argparse.Namespace:
 def test_models_have_the_names_they_are_given_or_their_folders(checkpoint: Path, monkeypatch: Any) -> None:
     found: dict[str, Any] = {}
     monkeypatch.setattr(server, "serve", lambda folders, config: found.update(folders=folders, config=config))
-    serve.serve(
-        asked(str(checkpoint), "--model", f"a/b={checkpoint}", "--port", "0", "--max-tokens", "9", "--keys", "")
-    )
+    serve.serve(asked(str(checkpoint), "--model", f"a/b={checkpoint}", "--port", "0", "--max-tokens", "9"))
     assert found["folders"] == {"demo": checkpoint, "a/b": checkpoint} and next(iter(found["folders"])) == "demo"
     assert found["config"].host == "127.0.0.1" and found["config"].limits.max_tokens == 9
     for words in ([], ["--model", "x"], ["--model", "=y"], [str(checkpoint), "--model", f"demo={checkpoint}"]):
@@ -62,14 +61,32 @@ def test_models_have_the_names_they_are_given_or_their_folders(checkpoint: Path,
         serve.serve(asked("nowhere"))
 
 
-def test_a_new_key_is_shown_once_and_works(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    file = tmp_path / "keys.json"
-    assert main(["serve", "--keys", str(file), "--new-key", "ann", "--scope", "models", "--days", "2"]) == 0
-    key = capsys.readouterr().out.strip()
-    caller = Keys.read(file).caller(f"Bearer {key}")
-    assert caller.id == "ann" and caller.scopes == {"models"} and Keys.read(file).keys[0].expires > 0
-    assert main(["serve", "--new-key", "ann"]) == 2
-    assert main(["serve", "--keys", str(file), "--new-key", "ann", "--scope", "everything"]) == 2
+def test_keys_are_made_listed_renamed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    place = str(tmp_path)
+
+    def said(*words: str) -> str:
+        assert main(["keys", words[0], place, *words[1:]]) == 0
+        return str(capsys.readouterr().out).strip()
+
+    secret = said("new", "ann", "--scope", "models", "--days", "2")
+    database = Database.open(place, must_exist=True)
+    keys = Keys(database)
+    key = match(keys.all(), secret)
+    assert key is not None and key.name == "ann" and key.scopes == ("models",) and key.expires > 0
+    second = said("new", "bob", "--owner", key.owner)
+    other = match(keys.all(), second)
+    assert other is not None and other.owner == key.id and other.scopes == ("models", "inference") and not other.expires
+    lines = said("list").splitlines()
+    assert [line.split()[:2] for line in lines] == [[key.id, "ann"], [other.id, "bob"]] and secret not in str(lines)
+    assert "phone" in said("rename", other.id, "phone") and "ended" in said("revoke", other.id)
+    assert [one.has_ended for one in keys.all()] == [False, True]
+    said("forget", other.id)
+    assert said("forget", key.id).endswith("nobody is asked for one") and said("list").startswith("no keys")
+    database.close()
+    assert main(["keys", "new", str(tmp_path / "nowhere"), "ann"]) == 2
+    assert main(["keys", "list", str(tmp_path / "nowhere.sqlite")]) == 1
+    assert main(["keys", "new", place, "ann", "--scope", "everything"]) == 1
+    assert not (tmp_path / "nowhere").exists() and not (tmp_path / "nowhere.sqlite").exists()
 
 
 def test_a_public_address_without_a_key_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:

@@ -34,8 +34,10 @@ from lyceum.engine.sequence import Output
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.serve.app import make_app
-from lyceum.serve.limits import Keys, Limits
+from lyceum.serve.keys import Key, hash_of
+from lyceum.serve.limits import Limits
 from lyceum.serve.models import Pooling, Served, serve
+from lyceum.serve.porter import Porter
 from lyceum.serve.server import Server, ServerConfig, listen, uvicorn_config
 from lyceum.serve.service import Service
 from lyceum.serve.store import Store
@@ -206,16 +208,16 @@ def start(usual: Running, tokenizer: Tokenizer) -> Iterator[Callable[..., Runnin
     running: list[Running] = [usual]
 
     def make(
-        *, limits: Limits | None = None, keys: Keys | None = None, max_batch: int = 8,
+        *, limits: Limits | None = None, porter: Porter | None = None, max_batch: int = 8,
         can_insert: bool = False, pooling: Pooling | None = None,
         hosts: tuple[str, ...] = (), origins: tuple[str, ...] = (), **models: nn.Module,
     ) -> Running:  # fmt: skip
         served = [of_model(name, model, tokenizer, max_batch, can_insert, pooling) for name, model in models.items()]
-        if not (limits or keys or hosts or origins):
+        if not (limits or porter or hosts or origins):
             usual.serve(served)
             return usual
         service = Service(served, limits=limits)
-        app = make_app(service, keys=keys, hosts=hosts, origins=origins)
+        app = make_app(service, porter=porter, hosts=hosts, origins=origins)
         running.append(Running(service, app, service.limits))
         return running[-1]
 
@@ -235,6 +237,12 @@ def of_model(
 ) -> Served:
     engine = Engine(model, max_batch=max_batch, token_bytes=tokenizer.token_bytes)
     return serve(name, engine, tokenizer, can_insert=can_insert, pooling=pooling, created=1, fingerprint="abc")
+
+
+@pytest.fixture(scope="session")
+def known() -> Callable[..., Porter]:
+    """A porter who knows people by name; the secret of each is the first letter, forty times."""
+    return lambda *names: Porter(lambda: [Key(name, name, name, hash_of(name[0] * 40)) for name in names])
 
 
 def events(text: str) -> list[Any]:
@@ -402,12 +410,12 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
 
     def make(
         script: Callable[[str, SamplingParams], str] = lambda text, params: f"You said: {text}", *, pause_s: float = 0.0,
-        names: tuple[str, ...] = ("demo",), about: Mapping[str, Any] | None = None, keys: Keys | None = None,
+        names: tuple[str, ...] = ("demo",), about: Mapping[str, Any] | None = None, porter: Porter | None = None,
     ) -> Running:  # fmt: skip
         engines = {name: Scripted(tokenizer, script, pause_s) for name in names}
         service = Service([serve(name, engine, tokenizer) for name, engine in engines.items()])  # type: ignore[arg-type]
         store = store_of.open(tmp_path / "store.sqlite")
-        app = make_app(service, keys=keys, routers=[pages.pages(service, store, about=about)])
+        app = make_app(service, porter=porter, routers=[pages.pages(service, store, about=about)])
         running: Any = Running(service, app, service.limits)
         running.engines, running.store = engines, store
         opened.append((running, store))

@@ -5,6 +5,7 @@ A test skips where there is no Chromium. `LYCEUM_SCREENSHOTS=folder` keeps pictu
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
 
-from lyceum.serve.limits import Key, Keys, hash_of  # noqa: E402
+from lyceum.corpus.records import ToolCall  # noqa: E402
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -60,6 +61,14 @@ $$\\sum_{i=0}^{d} b^i = \\frac{b^{d+1} - 1}{b - 1}$$
 
 > See also [the documentation](https://docs.python.org/3/library/json.html).
 """
+CHATGPT = {
+    "title": "Capital of France", "create_time": 1.7e9, "update_time": 1.7e9, "current_node": "a",
+    "mapping": {
+        "root": {"id": "root", "message": None, "parent": None},
+        "u": {"parent": "root", "message": {"author": {"role": "user"}, "content": {"parts": ["Which city?"]}}},
+        "a": {"parent": "u", "message": {"author": {"role": "assistant"}, "content": {"parts": ["Paris"]}}},
+    },
+}  # fmt: skip
 Make = Callable[..., Any]
 
 
@@ -395,9 +404,8 @@ def test_the_keys_do_what_their_sheet_says(page: Make, visit: Make) -> None:
     expect(tab.locator(".hello")).to_be_visible()
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one(page: Make, visit: Make) -> None:
-    keys = Keys([Key("alice", hash_of("a" * 40))])
-    tab = visit(page(keys=keys), waits_for=".dialog input")
+def test_a_key_is_asked_for_where_the_server_wants_one(page: Make, visit: Make, known: Make) -> None:
+    tab = visit(page(porter=known("alice")), waits_for=".dialog input")
     shot(tab, "key")
     for key in ("b", "a"):  # a wrong one is asked for again
         tab.locator(".dialog input").fill(key * 40)
@@ -406,6 +414,71 @@ def test_a_key_is_asked_for_where_the_server_wants_one(page: Make, visit: Make) 
     expect(last(tab).locator(".prose")).to_have_text("You said: hello")
     tab.reload()
     expect(last(tab).locator(".prose")).to_have_text("You said: hello")
+
+
+def test_calls_of_tools_are_cards_that_hold_text(page: Make, visit: Make) -> None:
+    server = page()
+    store, script = server.store, "<img src=x onerror=alert(1)>"
+    id = store.new("everybody", title="Sums").id
+    asked = store.say("everybody", id, None, "user", "2 + 2?")
+    calls = [ToolCall("c", "add", '{"a": 2, "b": 2}'), ToolCall("d", f"run {script}", "not json")]
+    called = store.say("everybody", id, asked.id, "assistant", "I will add them.", tool_calls=calls, model="demo")
+    result = store.say("everybody", id, called.id, "tool", f"4 {script}", tool_call_id="c")
+    stray = store.say("everybody", id, result.id, "tool", "of no call", tool_call_id="x")
+    store.say("everybody", id, stray.id, "assistant", "It is 4.", model="demo")
+    tab = visit(server)
+    tab.locator(".sidebar li a").click()
+    cards = tab.locator(".call")
+    expect(cards).to_have_count(3)
+    expect(tab.locator(".turn")).to_have_count(4)  # the result is in its call's card, the stray one by itself
+    expect(cards.nth(0).locator("summary")).to_contain_text("add")
+    expect(cards.nth(0).locator("pre").first).to_be_hidden()
+    cards.nth(0).locator("summary").click()
+    expect(cards.nth(0).locator("pre").first).to_have_text('{\n  "a": 2,\n  "b": 2\n}')
+    expect(cards.nth(0).locator("pre").last).to_have_text(f"4 {script}")
+    expect(cards.nth(1).locator("summary")).to_contain_text("no result")
+    cards.nth(1).locator("summary").click()
+    expect(cards.nth(1).locator("pre")).to_have_text("not json")
+    expect(tab.locator(".call img")).to_have_count(0)
+    shot(tab, "calls")
+    tab.emulate_media(color_scheme="dark")
+    shot(tab, "calls-dark")
+
+
+def test_ones_own_data_is_taken_along_brought_in_and_deleted(page: Make, visit: Make, tmp_path: Path) -> None:
+    tab = visit(page())
+    ask(tab, "hello")
+    tab.keyboard.press("Control+,")
+    section = tab.locator(".settings section").last
+    with tab.expect_download() as download:
+        section.get_by_role("button", name="Export everything").click()
+    file = tmp_path / "all.json"
+    download.value.save_as(file)
+    told = json.loads(file.read_text())
+    assert [chat["title"] for chat in told["conversations"]] == ["hello"]
+    section.get_by_role("button", name="Delete everything").scroll_into_view_if_needed()
+    shot(tab, "data")
+    section.get_by_role("button", name="Delete everything").click()
+    shot(tab, "data-sure")
+    tab.locator(".dialog").get_by_role("button", name="Cancel").click()
+    expect(tab.locator(".sidebar li")).to_have_count(1)
+    section.get_by_role("button", name="Delete everything").click()
+    tab.locator(".dialog").get_by_role("button", name="Delete everything").click()
+    expect(tab.locator(".toast").last).to_contain_text("Chats deleted: 1")
+    expect(tab.locator(".sidebar li")).to_have_count(0)
+    expect(tab.locator(".hello")).to_be_visible()
+    for name, text, said in (
+        ("all.json", file.read_text(), "Chats imported: 1."),
+        ("conversations.json", json.dumps([CHATGPT, {"title": "broken"}]), "Chats imported: 1. Not understood: 1."),
+        ("one.json", json.dumps(told["conversations"][0]), "Chats imported: 1."),
+        ("wrong.json", "{", "This file is not JSON."),
+    ):
+        (tmp_path / name).write_text(text)
+        section.locator("input[type=file]").set_input_files(tmp_path / name)
+        expect(tab.locator(".toast").last).to_have_text(said)
+    expect(tab.locator(".sidebar li")).to_have_count(3)
+    tab.locator(".sidebar li a", has_text="Capital").click()
+    expect(last(tab).locator(".prose")).to_have_text("Paris")
 
 
 def test_chinese_on_a_phone(page: Make, visit: Make) -> None:

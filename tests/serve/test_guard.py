@@ -15,9 +15,12 @@ import pytest
 
 from lyceum.errors import UsageError
 from lyceum.serve.guard import OPEN, is_ours
-from lyceum.serve.limits import Caller, Key, Keys, Limits, Quota, hash_of
+from lyceum.serve.keys import Key, hash_of
+from lyceum.serve.limits import SCOPES, Caller, Limits, Quota
+from lyceum.serve.porter import Porter
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.server import ServerConfig, is_local, listen
+from lyceum.serve.store import Store
 
 CHAT = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -38,19 +41,23 @@ def endless(chain: Callable) -> Any:
 
 
 def test_it_listens_on_this_machine_unless_told_otherwise() -> None:
-    assert ServerConfig().host == "127.0.0.1" and not ServerConfig().all_keys().keys
+    assert ServerConfig().host == "127.0.0.1" and not ServerConfig().porter(None).asks
     assert is_local("127.0.0.1") and is_local("::1") and is_local("localhost") and not is_local("0.0.0.0")
     assert not is_local("::") and not is_local("192.168.1.4") and not is_local("example.org") and not is_local("")
 
 
 def test_a_public_address_needs_a_key_that_cannot_be_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no key"):
-        ServerConfig(host="0.0.0.0").all_keys()
+        ServerConfig(host="0.0.0.0").porter(None)
     with pytest.raises(UsageError, match="guessed"):
-        ServerConfig(host="0.0.0.0", api_key="secret").all_keys()
-    assert ServerConfig(host="0.0.0.0", api_key="x" * 32).all_keys().keys
-    Keys.add(tmp_path / "keys.json", "a")
-    assert ServerConfig(host="0.0.0.0", keys=str(tmp_path / "keys.json")).all_keys().keys
+        ServerConfig(host="0.0.0.0", api_key="secret").porter(None)
+    assert ServerConfig(host="0.0.0.0", api_key="x" * 32).porter(None).asks
+    store = Store.open(tmp_path / "store.sqlite")
+    with pytest.raises(UsageError, match="no key"):
+        ServerConfig(host="0.0.0.0").porter(store)
+    store.keys.make("a")
+    assert ServerConfig(host="0.0.0.0").porter(store).asks
+    store.close()
 
 
 def test_an_address_that_is_taken_is_said_before_anything_is_loaded() -> None:
@@ -61,35 +68,9 @@ def test_an_address_that_is_taken_is_said_before_anything_is_loaded() -> None:
     taken.close()
 
 
-def test_a_key_is_256_random_bits_and_only_its_hash_is_kept(tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    keys = {Keys.add(file, name) for name in "abc"}
-    assert len(keys) == 3 and all(len(key) >= 43 + len("sk-lyceum-") for key in keys)
-    assert not any(key in file.read_text() for key in keys) and file.stat().st_mode & 0o077 == 0
-    again = Keys.add(file, "a")
-    assert [key.name for key in Keys.read(file).keys] == ["b", "c", "a"]
-    assert Keys.read(file).caller(f"Bearer {again}") == Caller("a", frozenset({"models", "inference"}))
-
-
-def test_every_key_is_compared_whatever_is_presented(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
-    monkeypatch.setattr(
-        "lyceum.serve.limits.hmac.compare_digest",
-        lambda a, b: compared.append(a) or a == b,  # type: ignore[func-returns-value]
-    )
-    keys = Keys([Key(name, hash_of(f"key-{name}")) for name in "abc"])
-    for token in ("key-a", "key-c", "wrong"):
-        compared.clear()
-        try:
-            keys.caller(f"Bearer {token}")
-        except Refusal:
-            pass
-        assert len(compared) == 3
-
-
 def test_every_route_but_two_asks_for_a_key(start: Callable, chain: Callable) -> None:
     key = "x" * 40
-    server = start(m=chain("ab"), keys=Keys([Key("a", hash_of(key), ("models", "inference", "metrics"))]))
+    server = start(m=chain("ab"), porter=Porter(lambda: [Key("a", "a", "a", hash_of(key), SCOPES)]))
     paths = [(path, method) for path, found in server.app.openapi()["paths"].items() for method in found]
     paths += [("/openapi.json", "get"), ("/nothing", "get"), ("/v1/models/", "get")]
     assert len(paths) > 12
@@ -114,12 +95,12 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_a_key_opens_what_its_scopes_say_until_it_expires(start: Callable, chain: Callable) -> None:
     keys = [
-        Key("reader", hash_of("r" * 40), ("models",)),
-        Key("writer", hash_of("w" * 40), ("inference",)),
-        Key("old", hash_of("o" * 40), ("models",), expires=time.time() - 1),
-        Key("new", hash_of("n" * 40), ("models",), expires=time.time() + 60),
+        Key("reader", "reader", "reader", hash_of("r" * 40), ("models",)),
+        Key("writer", "writer", "writer", hash_of("w" * 40), ("inference",)),
+        Key("old", "old", "old", hash_of("o" * 40), ("models",), expires=time.time() - 1),
+        Key("new", "new", "new", hash_of("n" * 40), ("models",), expires=time.time() + 60),
     ]
-    server = start(m=chain("ab"), keys=Keys(keys))
+    server = start(m=chain("ab"), porter=Porter(lambda: keys))
     assert server.ask("GET", "/v1/models", None, bearer("r" * 40)).status == 200
     assert server.ask("GET", "/v1/models/m", None, bearer("w" * 40)).status == 403
     assert server.ask("GET", "/metrics", None, bearer("r" * 40)).status == 403
@@ -228,9 +209,8 @@ def test_a_full_queue_says_when_to_come_again(start: Callable, endless: Any) -> 
     assert server.idle()
 
 
-def test_one_caller_cannot_take_all(start: Callable, endless: Any) -> None:
-    keys = Keys([Key(name, hash_of(name * 40)) for name in "ab"])
-    server = start(m=endless, max_batch=4, limits=Limits(per_caller=1, max_tokens=100_000), keys=keys)
+def test_one_caller_cannot_take_all(start: Callable, endless: Any, known: Callable) -> None:
+    server = start(m=endless, max_batch=4, limits=Limits(per_caller=1, max_tokens=100_000), porter=known("a", "b"))
     stream = server.openai(key="a" * 40).chat.completions.create(**LONG)
     next(iter(stream))
     assert server.post(CHAT, {**ASK, "max_tokens": 3}, **bearer("a" * 40)).status == 429
@@ -265,9 +245,8 @@ def test_accounts_do_not_pile_up() -> None:
     assert not quota.accounts and quota.running == 0
 
 
-def test_what_one_caller_said_is_not_remembered_for_another(start: Callable, decoder: Any) -> None:
-    keys = Keys([Key(name, hash_of(name * 40)) for name in "ab"])
-    server = start(m=decoder, keys=keys)
+def test_what_one_caller_said_is_not_remembered_for_another(start: Callable, decoder: Any, known: Callable) -> None:
+    server = start(m=decoder, porter=known("a", "b"))
     body = {"model": "m", "prompt": "the reply to the question is in the library", "max_tokens": 1}
 
     def cached(name: str) -> int:

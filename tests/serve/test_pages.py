@@ -14,9 +14,14 @@ import pytest
 pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
 pytest.importorskip("sqlalchemy", reason="needs the extra lyceum[serve]")
 
-from lyceum.serve.limits import Key, Keys, hash_of
+from sqlalchemy import select, update
+
+from lyceum.corpus.records import ToolCall
+from lyceum.serve import pages
+from lyceum.serve.drafts import LEASE_S
 from lyceum.serve.pages import HEADERS, WEB
 from lyceum.serve.render import render
+from lyceum.serve.tables import MESSAGES
 
 Make = Callable[..., Any]
 
@@ -344,9 +349,8 @@ def test_two_answers_are_compared_and_the_better_one_goes_on(page: Make) -> None
 # -- protection --------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_sees_or_touches_what_is_anothers(page: Make) -> None:
-    keys = Keys([Key("alice", hash_of("a" * 40)), Key("bob", hash_of("b" * 40))])
-    server = page(keys=keys)
+def test_nobody_sees_or_touches_what_is_anothers(page: Make, known: Make) -> None:
+    server = page(porter=known("alice", "bob"))
     alice, bob = ({"Authorization": "Bearer " + letter * 40} for letter in "ab")
     assert server.ask("GET", "/").status == 200 and server.ask("GET", "/web/main.js").status == 200
     for path in ("/api/start", "/api/conversations"):
@@ -404,3 +408,41 @@ def test_many_may_look_on_and_all_see_the_same(page: Make) -> None:
     for thread in threads:
         thread.join()
     assert seen == ["some words " * 40] * 6 and server.engines["demo"].num_added == 1
+
+
+def test_a_running_server_settles_answers_whose_writer_is_gone(page: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "SETTLE_EVERY_S", 0.05)
+    server = page()
+    store = server.store
+    id = begin(server)
+    said, _ = whole(server, id, "hello")
+    lost = store.answer("everybody", id, said, model="demo")  # as of another server
+    store.saver.forget(lost)
+    alive = store.answer("everybody", id, said, model="demo")
+
+    def raw(message: str) -> str:
+        with store.database.reading() as connection:
+            return str(connection.execute(select(MESSAGES.c.state).where(MESSAGES.c.id == message)).scalar())
+
+    with store.database.writing() as connection:
+        late = update(MESSAGES).where(MESSAGES.c.id == lost.message).values(updated=time.time() - LEASE_S - 1)
+        connection.execute(late)
+    end = time.monotonic() + 5
+    while raw(lost.message) == "streaming" and time.monotonic() < end:
+        time.sleep(0.01)
+    assert raw(lost.message) == "failed" and raw(alive.message) == "streaming"  # in the table, not only as it is read
+    alive.finish("done")
+
+
+def test_a_message_tells_its_calls_and_their_results(page: Make) -> None:
+    server = page()
+    id, call = begin(server), ToolCall("c", "add", '{"a": 2}')
+    asked = server.store.say("everybody", id, None, "user", "2 + 2?")
+    called = server.store.say("everybody", id, asked.id, "assistant", "", tool_calls=[call], model="demo")
+    result = server.store.say("everybody", id, called.id, "tool", "<b>4</b>", tool_call_id="c")
+    messages = opened(server, id)["messages"]
+    assert messages[1]["tool_calls"] == [{"id": "c", "name": "add", "arguments": '{"a": 2}'}]
+    assert messages[2]["tool_call_id"] == "c" and messages[2]["content"] == "<b>4</b>" and "blocks" not in messages[2]
+    (answer,) = server.post(f"/api/messages/{result.id}/again", {"models": ["demo"]}).json["messages"]
+    assert answer["parent"] == result.id
+    assert server.idle() and "4" in server.engines["demo"].heard[-1]

@@ -7,23 +7,39 @@ import json
 import pytest
 
 from lyceum.corpus.records import ToolCall
-from lyceum.serve import portable
-from lyceum.serve.portable import as_json, as_markdown
+from lyceum.serve import store as store_module
+from lyceum.serve.portable import account, as_markdown
 from lyceum.serve.store import Store
 
 
 def test_the_json_holds_every_branch_and_judgement_of_the_owner(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portable, "PAGE", 2)
+    monkeypatch.setattr(store_module, "CHUNK", 2)
     for owner in ("alice", "bob"):
         for number in range(5):
             chat = store.new(owner, title=f"{owner} {number}")
             asked = store.say(owner, chat.id, None, "user", f"{owner} asks")
             answers = [store.say(owner, chat.id, asked.id, "assistant", text).id for text in "ab"]
-            store.judgements.compare(owner, answers, answers[0], consent=False)
-    told = json.loads(json.dumps(as_json(store, "alice")))
-    assert [chat["title"] for chat in told["conversations"]] == [f"alice {number}" for number in range(4, -1, -1)]
+            store.judgements.compare(owner, answers, answers[0], consent=number == 2)
+        store.delete(owner, chat.id)  # its judgement goes too
+        store.delete(owner, store.latest(owner)[1].id, keep_judgements=True)
+    told = json.loads("".join(account(store, "alice")))
+    assert [chat["title"] for chat in told["conversations"]] == [f"alice {number}" for number in (0, 1, 3)]
     assert all([m["content"] for m in chat["messages"]] == ["alice asks", "a", "b"] for chat in told["conversations"])
-    assert len(told["judgements"]) == 5 and "bob" not in json.dumps(told)
+    assert all(chat["judgements"][0]["choice"] == 0 for chat in told["conversations"])
+    assert len(told["judgements"]) == 1 and told["judgements"][0]["consent"] and "bob" not in json.dumps(told)
+    assert json.loads("".join(account(store, "nobody")))["conversations"] == []
+
+
+def test_an_account_is_written_a_conversation_at_a_time(store: Store) -> None:
+    for _ in range(3):
+        chat = store.new("alice")
+        store.say("alice", chat.id, None, "user", "x" * 100_000)
+    pieces = account(store, "alice")
+    assert max(len(piece) for piece in pieces) < 110_000
+    pieces = account(store, "alice")
+    begun = next(pieces) + next(pieces)
+    store.delete("alice", chat.id)  # while somebody reads slowly
+    assert len(json.loads(begun + "".join(pieces))["conversations"]) == 2
 
 
 def test_the_markdown_is_the_branch_that_is_shown(store: Store) -> None:

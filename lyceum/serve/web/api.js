@@ -61,6 +61,14 @@ export const thumb = (message, given) => json("POST", `/api/messages/${id(messag
 export const correct = (message, given) => json("POST", `/api/messages/${id(message)}/correction`, given);
 export const compare = (given) => json("POST", "/api/comparisons", given);
 
+export const bring = (given) => json("POST", "/api/account/import", given);
+export const deleteAccount = () => json("DELETE", "/api/account");
+
+/** Everything as a file. */
+export async function downloadAccount() {
+  return (await send("GET", "/api/account/export")).blob();
+}
+
 /** A conversation as a file. */
 export async function download(conversation, format) {
   const answer = await send("GET", `/api/conversations/${id(conversation)}/export?format=${format}`);

@@ -87,6 +87,19 @@ export function ask(title, label, value) {
   });
 }
 
+/** Ask whether something is really to be done that cannot be undone. */
+export function confirm(title, text, label) {
+  return new Promise((resolve) => {
+    let isSure = false;
+    const form = h("form", { method: "dialog", onsubmit: () => { isSure = true; } },
+      h("p", {}, text),
+      h("footer", {}, h("button", { type: "button", class: "plain", onclick: () => element.close() }, t("cancel")),
+        h("button", { type: "submit", class: "primary danger" }, label)));
+    const element = dialog(title, form);
+    element.addEventListener("close", () => resolve(isSure));
+  });
+}
+
 let asking = null;
 
 /** Ask for a key, once however many ask. */

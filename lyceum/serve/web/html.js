@@ -46,6 +46,8 @@ const PATHS = {
   pin: "M9 4h6l-1 6l3 3v2H7v-2l3-3zM12 15v5",
   trash: "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13",
   export: "M12 4v11M8 11l4 4l4-4M5 20h14",
+  import: "M12 15V4M8 8l4-4l4 4M5 20h14",
+  tool: "M14.500 5.500a4.500 4.500 0 0 0-5.800 5.800L4 16v4h4l4.700-4.700a4.500 4.500 0 0 0 5.800-5.800L15.500 12.500L11.500 8.500z",
   close: "M6 6l12 12M18 6L6 18",
   onward: "M5 12h13M13 6l6 6l-6 6",
   two: "M4 5h7v14H4zM13 5h7v14h-7z",
@@ -67,4 +69,11 @@ export function icon(name) {
 /** A button with a sign and a name that is shown as its tip. */
 export function sign(name, label, onclick, attributes = {}) {
   return h("button", { type: "button", class: "sign", title: label, "aria-label": label, onclick, ...attributes }, icon(name));
+}
+
+/** Let the person keep something as a file. */
+export function saveAs(blob, name) {
+  const address = URL.createObjectURL(blob);
+  h("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 1000);
 }

@@ -27,6 +27,8 @@ class Page {
       changed: (what, value) => this.changed(what, value),
       looksChanged: (looks) => { memory.set("looks", looks); dress(looks); },
       languageChanged: (language) => { memory.set("language", language); speak(language); this.translate(); },
+      dataChanged: (isEmpty) => this.dataChanged(isEmpty),
+      failed: (error) => this.failed(error),
       closed: () => this.draft.focus(),
     });
     this.thread = new Thread({
@@ -147,6 +149,12 @@ class Page {
     this.busy();
     if (message) this.thread.reach(message);
     if (!NARROW.matches) this.draft.focus();
+  }
+
+  /** Conversations have come from a file, or all have gone. */
+  dataChanged(isEmpty) {
+    if (isEmpty) this.go(null);
+    this.sidebar.load().catch((error) => this.failed(error));
   }
 
   renamed(conversation) {

@@ -1,5 +1,6 @@
 // The panel of settings: what belongs to this chat (model, system prompt, parameters) and to this page (looks, language).
 
+import { accountSection } from "./account.js";
 import { h, sign } from "./html.js";
 import { LANGUAGES, language, t } from "./words.js";
 
@@ -43,8 +44,8 @@ export function dress(looks) {
 
 export class Settings {
   /** models: of the server. changed(what, value): what, is "model", "second", "system" or "parameters". */
-  constructor({ models, changed, looksChanged, languageChanged, closed }) {
-    Object.assign(this, { models, changed, looksChanged, languageChanged });
+  constructor({ models, changed, looksChanged, languageChanged, dataChanged, failed, closed }) {
+    Object.assign(this, { models, changed, looksChanged, languageChanged, dataChanged, failed });
     this.element = h("aside", { class: "settings", id: "settings", "aria-label": t("settings"), hidden: true });
     this.closed = closed;
     this.chat = { model: models[0]?.id ?? "", second: "", system: "", parameters: {} };
@@ -117,6 +118,7 @@ export class Settings {
             document.documentElement.dataset.looks ?? "auto", this.looksChanged),
           segmented("language", t("language"), Object.entries(LANGUAGES), language(), this.languageChanged),
         ),
+        accountSection({ changed: this.dataChanged, failed: this.failed }),
       ),
     );
   }

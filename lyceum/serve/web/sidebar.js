@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { ask, menu, toast } from "./dialogs.js";
-import { h, icon, sign } from "./html.js";
+import { h, icon, saveAs, sign } from "./html.js";
 import { t } from "./words.js";
 
 const UNDO_MS = 6000;
@@ -133,10 +133,8 @@ export class Sidebar {
 
   async save(one, format) {
     const blob = await api.download(one.id, format);
-    const address = URL.createObjectURL(blob);
     const name = (one.title || "chat").replace(/[^\p{L}\p{N} _-]/gu, "").trim().slice(0, 60) || "chat";
-    h("a", { href: address, download: `${name}.${format === "json" ? "json" : "md"}` }).click();
-    setTimeout(() => URL.revokeObjectURL(address), 1000);
+    saveAs(blob, `${name}.${format === "json" ? "json" : "md"}`);
   }
 
   /** It disappears at once and is deleted when there is no way back any more. */

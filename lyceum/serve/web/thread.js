@@ -2,6 +2,7 @@
 
 import { AnswerText, copyText } from "./answer.js";
 import * as api from "./api.js";
+import { card, resultsIn } from "./cards.js";
 import { toast } from "./dialogs.js";
 import { h, icon, sign } from "./html.js";
 import { memory } from "./settings.js";
@@ -81,7 +82,9 @@ export class Thread {
   // -- what is shown -----------------------------------------------------------------------------------------------------
 
   draw() {
-    const wanted = this.path.map((message) => {
+    const path = this.path;
+    this.results = resultsIn(path);
+    const wanted = path.filter((message) => !this.results.has(message)).map((message) => {
       const partners = this.partners(message);
       return partners.length === 2 ? this.pair(partners) : this.node(message);
     });
@@ -102,13 +105,15 @@ export class Thread {
     const siblings = this.siblings(message);
     const place = siblings.indexOf(message);
     const isLast = message.id === this.leaf;
-    const mark = JSON.stringify([message.version ?? 0, message.state, place, siblings.length, message.thumb, isLast]);
+    const calls = (message.tool_calls ?? []).map((call) => this.results.of(message, call)?.id ?? null);
+    const mark = JSON.stringify([message.version ?? 0, message.state, place, siblings.length, message.thumb, isLast, calls]);
     const known = this.nodes.get(message.id);
     if (known?.mark === mark) return known.element;
     const node = known ?? { element: h("article", { class: `turn ${message.role}`, "data-id": message.id }) };
     node.mark = mark;
     this.nodes.set(message.id, node);
     if (message.role === "user") this.fillUser(node, message, siblings, place);
+    else if (message.role === "tool") node.element.replaceChildren(card(null, message)); // of no call on this branch
     else this.fillAnswer(node, message, siblings, place, isLast);
     return node.element;
   }
@@ -138,6 +143,7 @@ export class Thread {
     const parts = [h("header", {}, h("span", { class: "by" }, message.model))];
     node.text.element.classList.toggle("growing", isStreaming);
     parts.push(node.text.element);
+    for (const call of message.tool_calls ?? []) parts.push(card(call, this.results.of(message, call)));
     const note = noteOf(message);
     if (note) parts.push(h("p", { class: message.state === "failed" ? "note bad" : "note" }, note));
     if (!isStreaming) parts.push(this.actions(message, siblings, place, isLast));
