@@ -203,6 +203,13 @@ class Work:
     seed: int
     recipe: Recipe
 
+    def name_of(self, checkpoint: Path) -> str:
+        """How `lyceum.json` names a checkpoint that this section started from, so that `lyceum.model.lineage` finds it again:
+        ``section/checkpoint`` in its own run; one from elsewhere by its whole path."""
+        run = checkpoint.resolve().parent.parent
+        is_own = run in self.folder.path.resolve().parents
+        return f"{checkpoint.parent.name}/{checkpoint.name}" if is_own else str(checkpoint.resolve())
+
 
 @dataclass(frozen=True)
 class State:

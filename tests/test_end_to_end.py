@@ -210,3 +210,61 @@ def test_killed_in_its_second_round_a_recipe_ends_as_the_straight_run_did(tmp_pa
     counted = json.loads((straight / "rankings-2" / "report.json").read_text())
     before = json.loads((straight / "rankings" / "report.json").read_text())
     assert counted["train_before"] == before["train"] and counted["valid_before"] == before["valid"]
+
+
+# -------------------------------------------------------------------------------- the line to ChatGPT
+
+TOY = {
+    "model": {"depth": 2, "width": 64},
+    "corpus": {"packages": ["json", "textwrap", "statistics"], "objects": 30, "code_mb": 0.2},
+    "tokenizer": {"vocab_size": 512},
+    **dict.fromkeys(("instructions", "dialogue"), {"does": 4, "intents": 12, "unstudied": 40, "near_miss": 20, "made_up": 20}),
+    **dict.fromkeys(("base", "code"), {"tokens": 30_000}),
+    **dict.fromkeys(("instruct", "chat"), {"epochs": 0.3}),
+    **dict.fromkeys(("answers", "dialogues", "best"), {"prompts": 40, "max_response_tokens": 24}),
+    **dict.fromkeys(("feedback", "chatgpt"), {"iterations": 2, "prompts_per_iteration": 16, "max_response_tokens": 24}),
+    "eval": {"max_response_tokens": 24},
+}  # fmt: skip
+LINE = {  # model -> (parent, stage, what it learned from)
+    "base": (None, "pretrain", ["documents"]),
+    "code": ("base", "pretrain", ["documents", "documents"]),
+    "instruct": ("code", "sft", ["conversations"]),
+    "judge": ("instruct", "reward", ["rankings"]),
+    "feedme": ("instruct", "sft", ["conversations"]),
+    "feedback": ("feedme", "ppo", ["prompts", "scores"]),
+    "chat": ("code", "sft", ["conversations"]),
+    "dialogue-judge": ("chat", "reward", ["rankings"]),
+    "chatgpt": ("chat", "ppo", ["prompts", "scores"]),
+}
+
+
+@pytest.mark.slow
+def test_the_line_to_chatgpt_is_walked_and_read_back_from_its_checkpoints(tmp_path: Path) -> None:
+    changes = [f"{name}.{key}={json.dumps(value)}" for name, table in TOY.items() for key, value in table.items()]
+    words = [word for change in changes for word in ("--set", change)]
+    finished = subprocess.run(
+        lyceum("run", "lineage", *words, runs=tmp_path), capture_output=True, text=True, timeout=450
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    command = [sys.executable, "-m", "lyceum", "models", str(tmp_path / "lineage"), "--json"]
+    read = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    models = {model["folder"]: model for model in json.loads(read.stdout)}
+    line = {
+        model["name"]: (
+            models[model["parent"]]["name"] if model["parent"] else None,
+            model["stage"],
+            [one["kind"] for one in model["learned_from"]],
+        )
+        for model in models.values()
+        if "snapshot" not in model["name"]
+    }
+    assert line == LINE
+    said = {model["name"]: model for model in models.values()}
+    assert said["judge"]["learned_from"][0]["origins"].keys() == {"rule"}
+    assert said["feedme"]["learned_from"][0]["origins"].keys() == {"model"}
+    report = json.loads((tmp_path / "lineage" / "report.json").read_text())
+    rows = ["base", "code", "instruct", "feedme", "chat", "best_of_4", "feedback", "chatgpt"]
+    assert [row["model"] for row in report["rows"]] == rows
+    assert {row["model"] for row in report["rows"] if row["kl"] is None} == {"base", "code"}
+    reads = {name: json.loads((tmp_path / "lineage" / name / "report.json").read_text()) for name in ("base", "code")}
+    assert reads["code"]["bpb_code"] < reads["base"]["bpb_code"] - 0.3  # code was learned; the control is base itself

@@ -38,8 +38,8 @@ from lyceum.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EncodedRanking:
-    """One ranking as ids: a row for each response, its rank, what else is known of it, its name for a person, and how many
-    tokens of each row are the prompt (0: not known)."""
+    """One ranking as ids: a row for each response, its rank, what else is known of it, its name for a person, how many
+    tokens of each row are the prompt (0: not known), and who ranked: human, model or rule."""
 
     rows: list[list[int]]
     ranks: tuple[float, ...]
@@ -47,6 +47,7 @@ class EncodedRanking:
     meta: dict[str, Any]
     name: str = ""
     num_prompt: int = 0
+    origin: str = "human"
 
     @property
     def width(self) -> int:
@@ -228,7 +229,8 @@ def encode_rankings(
         prompt = chat.prompt(ranking.prompt)
         replies = [chat.reply(response).ids for response in ranking.responses]
         rows = [prompt + reply for reply in replies]
-        encoded = EncodedRanking(rows, ranking.ranks, ranking.probabilities, ranking.meta, name, len(prompt))
+        more = ranking.meta, name, len(prompt), ranking.origin
+        encoded = EncodedRanking(rows, ranking.ranks, ranking.probabilities, *more)
         _check_margin(ranking.meta.get("margin"), name, path)
         if context_length is not None and encoded.width > context_length:
             num_too_long += 1

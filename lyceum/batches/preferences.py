@@ -51,7 +51,7 @@ class Judged:
         best: the responses that none is better than; of one rated response (0,) if it is good, () if it is bad.
         stranger: the response to another prompt, read behind this one only to measure how far the policy has moved.
         reference: the reference's log-probability of each response, and last of the stranger if there is one.
-        name: where it is from, for a person.
+        name: where it is from, for a person. origin: who judged: human, model or rule.
     """
 
     prompt: list[int]
@@ -61,6 +61,7 @@ class Judged:
     stranger: list[int] = field(default_factory=list)
     reference: tuple[float, ...] = ()
     name: str = ""
+    origin: str = "human"
 
     @property
     def width(self) -> int:
@@ -108,6 +109,7 @@ def encode_rankings(rankings: Iterable[Ranking], chat: ChatFormat, context_lengt
             [chat.reply(response).ids for response in ranking.responses],
             best=tuple(i for i, rank in enumerate(ranking.ranks) if rank == min(ranking.ranks)),
             name=f"ranking {num_all}",
+            origin=ranking.origin,
         )
         differing = tuple(pair for pair in decided if found.responses[pair[0]] != found.responses[pair[1]])
         left_out["pairs_of_equal_texts"] += len(decided) - len(differing)
@@ -142,7 +144,8 @@ def encode_ratings(
             continue
         best = (0,) if rating.value >= good_from else ()
         ids = chat.reply(rating.response).ids
-        found = Judged(chat.prompt(rating.prompt), [ids], best=best, name=f"response {num_all}")
+        name = f"response {num_all}"
+        found = Judged(chat.prompt(rating.prompt), [ids], best=best, name=name, origin=rating.origin)
         if found.width > context_length:
             left_out["too_long"] += 1
         else:

@@ -164,7 +164,8 @@ class Shards:
             )
         dtype = np.dtype(header["dtype"])
         self.row_tokens = int(header["row_tokens"])
-        self.parts: dict[str, int] = {}
+        self.parts: dict[str, int] = {}  # rows of each
+        self.documents = {name: int(part["documents"]) for name, part in header["parts"].items()}
         self._tokens: dict[str, NDArray[Any]] = {}
         for name, part in header["parts"].items():
             path = folder / f"{name}.bin"

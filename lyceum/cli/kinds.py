@@ -18,6 +18,7 @@ class Input:
     needed: whether there must be one; or, of the section's settings, whether they ask for one.
     only_if: a setting without which the role is not played; empty: it always is.
     every: those before the nearest come too, each in the role "role:name".
+    asked: the role is played only where the recipe says ``from``.
     """
 
     role: str
@@ -25,6 +26,7 @@ class Input:
     needed: bool | Callable[[Any], bool] = True
     only_if: str = ""
     every: bool = False
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ KINDS: dict[str, Kind] = {
         "stage 1: learn to continue text",
         "lyceum.stages.pretrain",
         "PretrainConfig",
-        (_from("corpus"), _from("tokenizer")),
+        (_from("corpus"), _from("tokenizer"), Input("policy", ("pretrain",), needed=False, asked=True)),
         makes_model=True,
         every_rank=True,
     ),
@@ -131,8 +133,8 @@ KINDS: dict[str, Kind] = {
         (
             _from("corpus"),
             _from("lessons"),
-            _from("base", "pretrain"),
-            _from("sft"),
+            Input("base", ("pretrain",), every=True),
+            Input("sft", ("sft",), every=True),
             _from("reward"),
             Input("ppo", ("ppo",), every=True),
         ),

@@ -6,6 +6,7 @@
     lyceum serve runs/demo              its chat page and its API over HTTP
     lyceum keys new runs/demo ann       a key for it       lyceum keys list runs/demo
     lyceum runs                         what runs there are    lyceum runs demo second     what differs between two
+    lyceum models runs/demo             its models: which comes from which, and what each learned from
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
     lyceum feedback export runs/demo --to rankings.jsonl    what people said about its answers, to learn from
     lyceum lab overoptimisation         how far a policy may follow a reward model
@@ -95,6 +96,11 @@ def make_parser() -> Parser:
     runs.add_argument("--metric", default="loss", help="compare: which one, as in metrics.jsonl (default: loss)")
     runs.add_argument("--json", action="store_true", dest="as_json", help="one JSON value instead of tables")
     runs.set_defaults(do=_runs)
+    models = _verb(verbs, "models", "show models: which comes from which, and what each learned from")
+    models.add_argument("paths", nargs="*", metavar="RUN", help="runs, or a folder of runs (default: runs)")
+    models.add_argument("--all", action="store_true", dest="is_all", help="also snapshots and members of ensembles")
+    models.add_argument("--json", action="store_true", dest="as_json", help="one JSON value instead of a tree")
+    models.set_defaults(do=_models)
     export = _verb(verbs, "export", "write a run's or a checkpoint's model as a file for other programs")
     export.add_argument("path", metavar="CHECKPOINT", help="a run's folder, a section's, or a checkpoint's")
     export.add_argument("--to", choices=["gguf"], default="gguf", help="gguf: one file for llama.cpp and its like")
@@ -273,6 +279,12 @@ def _runs(args: argparse.Namespace) -> None:
     from lyceum.cli import runs
 
     runs.runs(args.paths, section=args.section, metric=args.metric, as_json=args.as_json)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from lyceum.cli import models
+
+    models.models(args.paths, is_all=args.is_all, as_json=args.as_json)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -153,7 +153,7 @@ def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[St
         raise ConfigError(f"{where}: a {section.kind} section starts from no model", hint="leave out 'from'")
     inputs = {}
     for wanted in kind.inputs:
-        if wanted.only_if and not section.settings.get(wanted.only_if):
+        if (wanted.only_if and not section.settings.get(wanted.only_if)) or (wanted.asked and not section.source):
             continue
         fitting = [step.name for step in earlier if step.section.kind in wanted.kinds]
         kinds = " or ".join(wanted.kinds)

@@ -1,4 +1,4 @@
-"""The table of a tutor run: base, SFT, best-of-n by the reward model, and PPO, of every round, over the same held-out questions.
+"""The table of a tutor run: every base, SFT and PPO model, and best-of-n by the reward model, over the same held-out questions.
 
 Every row answers every question once, greedily, but best-of-n, which draws n answers at temperature 1 and keeps the one the
 reward model scores highest. Intervals are bootstrap intervals over questions of this one run; `bench/demo_seeds.py` pools runs
@@ -28,10 +28,12 @@ from lyceum.evals.tasks.tutor import Grade, Question
 from lyceum.log import progress
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.ensemble import load_members
+from lyceum.model.lineage import read_model
 from lyceum.run import Work, write_json, write_lines
 from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
+TITLES = {"sft": "SFT", "ppo": "PPO"}
 
 
 @dataclass(frozen=True)
@@ -187,34 +189,43 @@ def few_shot_prompt(chat: ChatFormat, question: str, shots: Sequence[tuple[str, 
 
 
 def side_by_side(
-    exam: Exam, engines: Mapping[str, Engine], question: Question, shots: Sequence[Question], ppo: str = "ppo"
+    exam: Exam,
+    engines: Mapping[str, Engine],
+    rows: Mapping[str, Mapping[str, Path]],
+    question: Question,
+    shots: Sequence[Question],
 ) -> list[dict]:
-    """One prompt through the base model, the base model with a few shots, SFT and the PPO engine of that name."""
+    """One prompt through every base model, the last of them with a few shots, and every SFT and PPO model."""
     plain = exam.chat.tokenizer.encode(question.text + "\n")
-    room = engines["base"].context_length - exam.config.max_response_tokens
+    *_, last = rows["base"]
+    room = engines[last].context_length - exam.config.max_response_tokens
     prompts = [
         few_shot_prompt(exam.chat, question.text, [(s.text, s.reference) for s in shots[:count]])
         for count in range(len(shots), -1, -1)
     ]
     shown = next((prompt for prompt in prompts if len(prompt) <= room), plain)  # as many shots as the context holds
     chat_prompt = exam.chat.prompt(Conversation((Message("user", question.text),)))
-    tries = [
-        ("base", "base", plain),
-        ("base, few shots", "base", shown),
-        ("SFT", "sft", chat_prompt),
-        ("PPO", ppo, chat_prompt),
-    ]
-    rows = []
+    tries = [(name, name, plain) for name in rows["base"]] + [(f"{last}, few shots", last, shown)]
+    tries += [(TITLES.get(name, name), name, chat_prompt) for name in (*rows["sft"], *rows["ppo"])]
+    found = []
     for title, name, prompt in tries:
         output = engines[name].generate([prompt], exam.params())[0]
-        rows.append({"model": title, "answer": exam.chat.tokenizer.decode(output.ids)})
-    return rows
+        found.append({"model": title, "answer": exam.chat.tokenizer.decode(output.ids)})
+    return found
 
 
-def policies(inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Row -> folder of every PPO section, the last one last: "ppo" where there is one, its own name where there are several."""
-    earlier = [folder for role, folder in inputs.items() if role.startswith("ppo:")]
-    return {folder.name: folder for folder in (*earlier, inputs["ppo"])} if earlier else {"ppo": inputs["ppo"]}
+def sections(inputs: Mapping[str, Path], role: str) -> dict[str, Path]:
+    """Row -> folder of every section in a role, the last one last: the role where there is one, its own name where there are
+    several."""
+    earlier = [folder for name, folder in inputs.items() if name.startswith(f"{role}:")]
+    return {folder.name: folder for folder in (*earlier, inputs[role])} if earlier else {role: inputs[role]}
+
+
+def start_of(policy: Path, rows: Mapping[str, Path]) -> str:
+    """The row of the model that a policy started from, as its checkpoint says; the last one if it is none of them."""
+    parent = read_model(policy / "checkpoint").parent
+    *_, last = rows
+    return next((name for name, folder in rows.items() if (folder / "checkpoint").resolve() == parent), last)
 
 
 def run(config: EvalConfig, work: Work) -> dict:
@@ -223,22 +234,24 @@ def run(config: EvalConfig, work: Work) -> dict:
     questions = [Question.from_meta(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if not questions:
         raise DataError("no held-out questions", file=path, hint="raise lessons.held_out")
-    folders = {name: work.inputs[name] for name in ("base", "sft")} | policies(work.inputs)
-    last = next(reversed(folders))
+    rows = {role: sections(work.inputs, role) for role in ("base", "sft", "ppo")}
+    sft, last = next(reversed(rows["sft"])), next(reversed(rows["ppo"]))
+    folders = rows["base"] | rows["sft"] | rows["ppo"]
     loaded = {name: load_checkpoint(folder / "checkpoint") for name, folder in folders.items()}
-    chat = ChatFormat(loaded["sft"].tokenizer)
+    chat = ChatFormat(loaded[sft].tokenizer)
     judge = Judge(work.inputs["reward"] / "checkpoint", config.max_batch)
     exam = Exam(questions, chat, judge, config)
     engines = {name: Engine(item.model, max_batch=config.max_batch, num_kept=0) for name, item in loaded.items()}
     results: dict[str, list[Outcome]] = {}
     best = f"best_of_{config.best_of}"
-    kls = {"sft": 0.0, best: best_of_n_kl(config.best_of)}
-    with progress(2 * len(engines) - 1, "eval", unit="model") as bar:
-        for name in ("base", "sft", best, *policies(work.inputs)):
-            results[name] = exam.best_of(engines["sft"]) if name == best else exam.greedy(engines[name])
+    starts = {name: start_of(folder, rows["sft"]) for name, folder in rows["ppo"].items()}
+    kls = dict.fromkeys(rows["sft"], 0.0) | {best: best_of_n_kl(config.best_of)}
+    with progress(len(engines) + 1 + len(starts), "eval", unit="model") as bar:
+        for name in (*rows["base"], *rows["sft"], best, *rows["ppo"]):
+            results[name] = exam.best_of(engines[sft]) if name == best else exam.greedy(engines[name])
             bar.update(1, rule=sum(o.grade.score for o in results[name]) / len(questions))
-        for name in policies(work.inputs):
-            kls[name] = exam.kl_from(engines[name], engines["sft"])
+        for name, start in starts.items():
+            kls[name] = exam.kl_from(engines[name], engines[start])
             bar.update(1)
     table = [summarise(name, outcomes) for name, outcomes in results.items()]
     for row in table:
@@ -247,19 +260,20 @@ def run(config: EvalConfig, work: Work) -> dict:
     shots = [q for q in questions if q.cell == "studied" and q.kind == "does"][:4]
     examples = {
         "prompt": shots[0].text if shots else questions[0].text,
-        "models": side_by_side(exam, engines, (shots or questions)[0], shots[1:], last),
+        "models": side_by_side(exam, engines, rows, (shots or questions)[0], shots[1:]),
         "unchosen": [_shown(outcome) for outcome in results[last][: config.unchosen]],
     }
     write_json(work.folder.path / "examples.json", examples)
-    changes = [compare(name, results["sft"], results[last]) for name in ("wrong_claim", "rule_score", "helpful_f1")]
-    row = table[-1]
+    before = results[starts[last]]
+    changes = [compare(name, before, results[last]) for name in ("wrong_claim", "rule_score", "helpful_f1")]
+    row, old = table[-1], next(row for row in table if row["model"] == starts[last])
     return {
         "line": f"PPO: F1 {row['helpful_f1']:.2f}, how-to {row['howto_exact']:.2f}, wrong claims {row['wrong_claim']:.2f} "
-        f"(SFT {table[1]['wrong_claim']:.2f}), rule score {row['rule_score']:.2f} (SFT {table[1]['rule_score']:.2f})",
+        f"(SFT {old['wrong_claim']:.2f}), rule score {row['rule_score']:.2f} (SFT {old['rule_score']:.2f})",
         "rows": table,
         "ppo_minus_sft": changes,
         "open_book": open_book.report(
-            {"sft": engines["sft"], "ppo": engines[last]},
+            {"sft": engines[sft], "ppo": engines[last]},
             chat,
             exam.params(),
             lessons=work.inputs["lessons"],

@@ -4,8 +4,9 @@
 
 What a model can do is read from its folder, never guessed from its name: it chats where its vocabulary marks turns, inserts
 where it was pretrained with holes (`infill_rate` in lyceum.json, its ancestors' too; of a model made elsewhere, where its
-vocabulary has the three marks), and gives embeddings where the folder has the files of sentence-transformers (modules.json
-and the pooling it names: the last token, after an end token, or the mean).
+vocabulary has the three marks), gives embeddings where the folder has the files of sentence-transformers (modules.json
+and the pooling it names: the last token, after an end token, or the mean), and comes from the models that `lyceum.model.lineage`
+finds.
 
 What it is not: the choice of a run's stage (`lyceum.cli.chat`).
 """
@@ -24,13 +25,13 @@ from lyceum.engine.engine import Engine
 from lyceum.errors import CheckpointError, DataError
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.hub import read_json
+from lyceum.model.lineage import Model, ancestors, history, read_model
 from lyceum.model.transformer import Decoder
 from lyceum.serve.worker import Seat
 from lyceum.tokens.chat import ChatFormat
 from lyceum.tokens.tokenizer import ABSENT, Tokenizer
 
 POOLING: dict[str, Literal["last", "mean"]] = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
-MAX_ANCESTORS = 100
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Served:
-    """A model and what stands around it. created: seconds since 1970. fingerprint: of its weights and shape."""
+    """A model and what stands around it. created: seconds since 1970. fingerprint: of its weights and shape. lineage: what
+    `lyceum.model.lineage.history` says of it; empty for a model that was only ever in memory."""
 
     name: str
     seat: Seat
@@ -54,6 +56,7 @@ class Served:
     created: int
     fingerprint: str
     longest_token: int
+    lineage: list[dict[str, Any]]
 
     @property
     def engine(self) -> Engine:
@@ -73,6 +76,8 @@ class Served:
             "created": self.created,
             "owned_by": "lyceum",
             "max_model_len": self.context_length,
+            "parent": self.lineage[-2]["model"] if len(self.lineage) > 1 else None,
+            "learned_from": self.lineage,
         }
 
 
@@ -85,6 +90,7 @@ def serve(
     pooling: Pooling | None = None,
     created: int = 0,
     fingerprint: str = "",
+    lineage: Sequence[dict[str, Any]] = (),
 ) -> Served:
     """A model in memory, to be served under a name. The engine needs the tokenizer's `token_bytes`."""
     try:
@@ -92,7 +98,8 @@ def serve(
     except DataError:  # its vocabulary marks no turns: it continues text, and a request to chat is told so
         chat = None
     longest = max(map(len, tokenizer.token_bytes))
-    return Served(name, Seat(engine), tokenizer, chat, can_insert, pooling, created, fingerprint, longest)
+    more = pooling, created, fingerprint, longest, list(lineage)
+    return Served(name, Seat(engine), tokenizer, chat, can_insert, *more)
 
 
 def load(name: str, folder: Path | str, *, max_batch: int) -> Served:
@@ -106,35 +113,27 @@ def load(name: str, folder: Path | str, *, max_batch: int) -> Served:
         raise CheckpointError(f"{folder} gives scores, not text", hint="serve another stage: --stage sft, or ppo")
     if loaded.tokenizer is None:
         raise CheckpointError(f"{folder} has no tokenizer", hint="add its tokenizer.json")
-    model = loaded.model.eval().to(device.pick_device())
+    model, origin = loaded.model.eval().to(device.pick_device()), read_model(folder)
     return serve(
         name,
         Engine(model, max_batch=max_batch, token_bytes=loaded.tokenizer.token_bytes),
         loaded.tokenizer,
-        can_insert=can_insert(folder, loaded.info, loaded.tokenizer),
+        can_insert=can_insert(origin, loaded.tokenizer),
         pooling=read_pooling(folder),
         created=int((folder / "config.json").stat().st_mtime),
         fingerprint=_fingerprint(folder),
+        lineage=history(origin),
     )
 
 
-def can_insert(folder: Path, info: dict[str, Any], tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained to fill holes: it itself, or an ancestor in its run."""
+def can_insert(model: Model, tokenizer: Tokenizer) -> bool:
+    """Whether a model was trained to fill holes: it itself, or one that it comes from."""
     if ABSENT in (tokenizer.fim_prefix_id, tokenizer.fim_middle_id, tokenizer.fim_suffix_id):
         return False
-    if not info.get("stage"):
+    if not model.stage:
         return True  # made elsewhere: marks in a vocabulary are there to be used
-    for _ in range(MAX_ANCESTORS):
-        if float((info.get("settings") or {}).get("infill_rate") or 0) > 0:
-            return True
-        parent = info.get("parent")
-        if not parent:
-            return False
-        folder = Path(parent) if Path(parent).is_absolute() else folder.parent.parent / parent
-        if not (folder / "lyceum.json").is_file():
-            return False
-        info = read_json(folder / "lyceum.json")
-    return False
+    rates = [one.settings.get("infill_rate") for one in (model, *ancestors(model))]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def read_pooling(folder: Path) -> Pooling | None:

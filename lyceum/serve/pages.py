@@ -111,7 +111,10 @@ def pages(
     @route("GET", "/api/start")
     async def start(request: Request) -> Response:
         models = [served.to_json() for served in service.models.values() if served.chat is not None]
-        shown = [{"id": model["id"], "context_length": model["max_model_len"]} for model in models]
+        shown = [
+            {"id": model["id"], "context_length": model["max_model_len"], "learned_from": model["learned_from"]}
+            for model in models
+        ]
         return private({"models": shown, "about": dict(about or {}), "consent": is_own_machine})
 
     @route("GET", "/api/conversations")

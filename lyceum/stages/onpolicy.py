@@ -37,6 +37,7 @@ from lyceum.engine.sampling import mix_seed
 from lyceum.errors import CheckpointError, RunError, TrainingError
 from lyceum.log import log
 from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.lineage import learned
 from lyceum.model.reference import reference_of, train_top_layers
 from lyceum.model.transformer import Decoder
 from lyceum.run import checkpoint_in
@@ -134,17 +135,18 @@ class OnPolicy(Stage[Batch]):
         config = self.config
         folder = checkpoint_in(work.inputs["policy"])
         loaded = load_checkpoint(folder)
-        self.tokenizer, self.parent = loaded.tokenizer, f"{folder.parent.name}/{folder.name}"
+        self.tokenizer, self.parent = loaded.tokenizer, work.name_of(folder)
         if not isinstance(loaded.model, Decoder):
             raise CheckpointError(f"{work.inputs['policy']} holds no language model", hint="name an sft section")
         chat = ChatFormat(self.tokenizer)
-        judge = None
+        judge, judges = None, ["a function"]  # whose scores count
         if self.reward is None:
             rewards = dict(config.rewards) or {MODEL: 1.0}
             if MODEL in rewards:
                 judge = load_judge(work, self.tokenizer, self.kind, config.micro_tokens)
                 self.frozen |= judge.modules()
             self.reward = judge
+            judges = [work.inputs["reward"].name if name == MODEL else Path(name).name for name in rewards]
             if rewards != {MODEL: 1.0}:
                 self.reward = reward_source(
                     rewards, chat, model=judge, pattern=config.reward_pattern, folder=work.recipe.path.parent
@@ -167,6 +169,11 @@ class OnPolicy(Stage[Batch]):
             loaded.model, prompts, judge=judge, text=text, stop_ids=chat.stop_ids,
             pad_id=self.tokenizer.pad_id, seed=work.seed,
         )  # fmt: skip
+        episodes = config.iterations * config.episodes
+        self.learned_from = [
+            learned("prompts", len(self.prompts.ids), work.inputs["lessons"].name),
+            learned("scores", episodes, " + ".join(judges)),
+        ]
 
     def begin(
         self,

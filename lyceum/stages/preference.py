@@ -24,6 +24,7 @@ the implicit reward knows nothing there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.errors import CheckpointError, RunError, TrainingError
 from lyceum.log import log
 from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.lineage import learned
 from lyceum.model.transformer import Decoder
 from lyceum.run import checkpoint_in
 from lyceum.stages.adapters import save_policy, trained_policy
@@ -154,7 +156,7 @@ class Preference(Stage[PreferenceBatch]):
             raise CheckpointError(
                 f"{folder} holds no language model with a tokenizer", hint="preference starts from an sft section"
             )
-        self.tokenizer, self.parent = loaded.tokenizer, f"{folder.parent.name}/{folder.name}"
+        self.tokenizer, self.parent = loaded.tokenizer, work.name_of(folder)
         chat, context = ChatFormat(loaded.tokenizer), loaded.spec.context_length
         valid = Encoded([])
         if config.data:
@@ -172,6 +174,9 @@ class Preference(Stage[PreferenceBatch]):
                 hint="put a [rankings] section before it, or name a file: data = 'pairs.jsonl'",
             )
         self.begin(loaded.model, train, valid, chat, seed=work.seed, folder=work.folder.path)
+        kind, source = ("rankings" if self.objective.is_paired else "ratings"), config.data or work.inputs["rankings"]
+        origins = Counter(judged.origin for judged in train.judged)
+        self.learned_from = [learned(kind, len(train.judged), Path(source).name, origins=origins)]
 
     def begin(
         self,

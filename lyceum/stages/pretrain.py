@@ -2,7 +2,9 @@
 
 The paper: A. Radford et al., "Language models are unsupervised multitask learners" (2019), section 2, eq. 1, with the
 mixture of weighted sources of T. Brown et al., "Language models are few-shot learners" (2020), section 2; and, if
-`infill_rate` is above 0, M. Bavarian et al., "Efficient training of language models to fill in the middle" (2022).
+`infill_rate` is above 0, M. Bavarian et al., "Efficient training of language models to fill in the middle" (2022). With
+`from` it goes on from an earlier pretrain section, on other text, as M. Chen et al., "Evaluating large language models trained on
+code" (2021), section 3.2, went on from GPT-3: the schedule begins anew, the optimizer remembers nothing.
 Symbols:
 
     p(x) = prod_t p(s_t | s_1 .. s_t-1)     next_token_loss: the sum of -log p over the targets
@@ -43,10 +45,13 @@ from lyceum.config import build, setting
 from lyceum.corpus.records import Document, read_documents
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.errors import ConfigError, DataError, did_you_mean
+from lyceum.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from lyceum.log import log
+from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.lineage import learned
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.model.transformer import Decoder
+from lyceum.run import checkpoint_in
 from lyceum.tokens.chat import Rendered
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train.dial import turn
@@ -193,10 +198,12 @@ class Pretrain(Stage[TokenBatch]):
         return cast(Decoder, self.trained["model"].module)
 
     def start(self, work: Work) -> None:
-        """Encodes the corpus into shards (once), makes the model, and says what was derived from the recipe."""
+        """Encodes the corpus into shards (once), makes or loads the model, and says what was derived from the recipe."""
         self.tokenizer = tokenizer = Tokenizer.load(work.inputs["tokenizer"])
-        shape = build(ModelConfig, work.recipe.model, "[model]")
-        spec, notes = shape.derive(tokenizer.vocab_size)
+        spec, notes = build(ModelConfig, work.recipe.model, "[model]").derive(tokenizer.vocab_size)
+        begun = self._load(work, spec) if "policy" in work.inputs else None
+        if begun is not None:
+            spec, notes = begun.spec, []
         self.config, derived = self.config.derive(spec)
         config = self.config
         if config.row_tokens > spec.context_length:
@@ -213,7 +220,7 @@ class Pretrain(Stage[TokenBatch]):
         valid = held_out(read_documents(corpus / "documents-valid.jsonl"), tokenizer, config)
         for note in [*notes, *derived]:
             log.info(f"  {note}")
-        self.begin(Decoder(spec), shards, valid, seed=work.seed)
+        self.begin(begun or Decoder(spec), shards, valid, seed=work.seed)
         counts = spec.num_parameters()
         inside = counts["matrices"] + counts["norms"]
         log.info(f"  {counts['total']:,} parameters, {inside:,} of them inside layers")
@@ -221,6 +228,10 @@ class Pretrain(Stage[TokenBatch]):
         for part, epochs in self.epochs.items():
             size = shards.parts[part]
             share = epochs * size / rows
+            tokens = round(epochs * size) * config.row_tokens
+            if tokens:
+                read = learned("documents", shards.documents[part], corpus.name, part=part, tokens=tokens)
+                self.learned_from.append(read)
             log.info(f"  {part}: {size * config.row_tokens:,} tokens, {share:.1%} of the rows, {epochs:.3g} epochs")
             if epochs > MANY_EPOCHS:
                 log.warning(
@@ -229,6 +240,28 @@ class Pretrain(Stage[TokenBatch]):
                 )
         if unread := [part for part in shards.parts if part not in self.epochs]:
             log.info(f"  not read, for want of a weight: {', '.join(unread)}")
+
+    def _load(self, work: Work, spec: ModelSpec) -> Decoder:
+        """The model to go on from, which must read this vocabulary, and have the shape that [model] asks for if it asks."""
+        folder = checkpoint_in(work.inputs["policy"])
+        loaded = load_checkpoint(folder)
+        if not isinstance(loaded.model, Decoder) or loaded.tokenizer is None:
+            raise CheckpointError(
+                f"{folder} holds no language model with a tokenizer", hint="pretrain goes on from a pretrain section"
+            )
+        if loaded.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{folder} reads another vocabulary than that of the tokenizer section",
+                hint="go on from a model of this run, or of one whose tokenizer section made the same",
+            )
+        if work.recipe.model and loaded.spec != spec:
+            raise ConfigError(
+                f"{folder} has another shape ({loaded.spec.num_layers} layers of width {loaded.spec.width}) than [model] "
+                f"asks for ({spec.num_layers} of width {spec.width})",
+                hint="leave out [model], or give it the checkpoint's shape",
+            )
+        self.parent = work.name_of(folder)
+        return loaded.model
 
     def begin(self, model: Decoder, shards: Shards, valid: dict[str, HeldOut], *, seed: int) -> None:
         """Sets the stage from things in memory; `valid` may be empty."""
@@ -300,13 +333,14 @@ class Pretrain(Stage[TokenBatch]):
 
 
 def run(config: PretrainConfig, work: Work) -> dict[str, Any]:
-    """Trains a fresh model on the corpus of `work.inputs`.
+    """Trains a fresh model, or one that was pretrained before, on the corpus of `work.inputs`.
 
     Returns:
         The report: bpb_<part>, epochs, params, tokens, speed, and the last metrics.
 
     Raises:
-        DataError: the corpus is empty or too small for one row. ConfigError: the rows do not fit into the model.
+        DataError: the corpus is empty or too small for one row. ConfigError: the rows do not fit into the model, or the
+        model that was pretrained before is of another shape. CheckpointError: it reads another vocabulary.
     """
     return run_stage(Pretrain(config), work)
 

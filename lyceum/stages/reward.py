@@ -28,6 +28,7 @@ Run by `lyceum reward RECIPE`. What it is not: a judge of anything unlike what i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +60,7 @@ from lyceum.model.branches import Branches, read
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.ensemble import AGGREGATES, MEMBER, Ensemble, join_members, load_members
 from lyceum.model.heads import ScoreModel
+from lyceum.model.lineage import learned
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, checkpoint_in, mend
 from lyceum.tokens.chat import ChatFormat
@@ -298,11 +300,15 @@ class Reward(Stage[RankingBatch]):
                 f"{work.inputs['policy']} holds no language model with a tokenizer",
                 hint="reward starts from an sft section",
             )
-        self.tokenizer, self.parent = loaded.tokenizer, f"{source.parent.name}/{source.name}"
+        self.tokenizer, self.parent = loaded.tokenizer, work.name_of(source)
         chat = ChatFormat(self.tokenizer)
         data = read_data(self.config, work, chat, loaded.spec.context_length)
         self.begin(ScoreModel.from_decoder(loaded.model), data.train, data.valid, chat, seed=work.seed)
         self.num_strangers = data.num_strangers
+        files = [Path(path).name for path in self.config.data]
+        place = ", ".join(files) if files else work.inputs["rankings"].name
+        origins = Counter(ranking.origin for ranking in data.train.rankings)
+        self.learned_from = [learned("rankings", len(data.train.rankings), place, origins=origins)]
 
     def begin(
         self, model: ScoreModel, train: EncodedRankings, valid: EncodedRankings, chat: ChatFormat, *, seed: int

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ from lyceum.engine.sequence import Output
 from lyceum.errors import CheckpointError, ConfigError, RunError, TrainingError
 from lyceum.log import log
 from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.lineage import learned
 from lyceum.model.transformer import Decoder
 from lyceum.run import checkpoint_in, fresh_folder
 from lyceum.stages.adapters import save_policy, trained_policy
@@ -206,15 +208,17 @@ class SFT(Stage[TokenBatch]):
             raise CheckpointError(
                 f"{folder} holds no language model with a tokenizer", hint="sft starts from a pretrain or sft section"
             )
-        self.tokenizer, self.parent = loaded.tokenizer, f"{folder.parent.name}/{folder.name}"
-        train = read_conversations(work.inputs["lessons"] / "train.jsonl")
+        self.tokenizer, self.parent = loaded.tokenizer, work.name_of(folder)
+        train = list(read_conversations(work.inputs["lessons"] / "train.jsonl"))
         valid_path = work.inputs["lessons"] / "valid.jsonl"
         has_valid = valid_path.exists() and valid_path.stat().st_size > 0
         valid = list(read_conversations(valid_path)) if has_valid else []
         self.folder = work.folder.path
         if self.config.best_by == "reward":
             self.judge = self._load_judge(work)
-        self.begin(loaded.model, list(train), valid, ChatFormat(loaded.tokenizer), seed=work.seed)
+        self.begin(loaded.model, train, valid, ChatFormat(loaded.tokenizer), seed=work.seed)
+        origins = Counter(str(c.meta["origin"]) for c in map(train.__getitem__, self.train.kept) if "origin" in c.meta)
+        self.learned_from = [learned("conversations", len(self.lengths), work.inputs["lessons"].name, origins=origins)]
 
     def _load_judge(self, work: Work) -> Callable[..., list[float | None]]:
         if "reward" not in work.inputs:

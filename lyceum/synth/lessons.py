@@ -51,6 +51,9 @@ class LessonsConfig:
     follow_up_share: float = setting(0.2, "share of object conversations with a second question", low=0, high=1)
     practice: int = setting(2500, "prompts for rankings and PPO, about", low=8)
     practice_unknown_share: float = setting(0.35, "share of practice prompts that ask for unknown names", low=0, high=1)
+    practice_follow_up_share: float = setting(
+        0.0, "share of practice prompts that come second, after a question that was answered", low=0, high=1
+    )
     held_out: int = setting(120, "held-out questions a cell (studied and how-to: twice as many)", low=1)
 
 
@@ -263,6 +266,26 @@ class Lesson:
         chance.shuffle(questions)
         return questions
 
+    def prompts(self, practice: Sequence[Question]) -> Iterator[Conversation]:
+        """Practice questions as conversations that wait for an answer; a stated share of them come second.
+
+        Before those stands a question about a studied object, with its answer. A question about that same object then only points
+        to it ("And the module?"), as does half of the questions what another name is ("What about json.parse?").
+        """
+        chance, facts = random.Random(f"{self.seed} prompts"), {fact.name: fact for fact in self.objects}
+        for question in practice:
+            if chance.random() >= self.config.practice_follow_up_share:
+                yield conversation((question.text, ""), meta=question.to_meta())
+                continue
+            is_same = question.cell == "studied" and question.kind in ("takes", "module")
+            fact = facts[question.name] if is_same else chance.choice(self.objects)
+            if is_same or (question.kind == "does" and chance.random() < 0.5):
+                said = chance.choice(tutor.FOLLOW_UPS[question.kind]).format(name=question.name)
+                question = replace(question, text=restyle(said, chance, question.name))
+            first = chance.choice(tutor.object_questions([fact], "does", "train"))
+            meta = question.to_meta()
+            yield conversation((self._typed(first, chance), first.reference), (question.text, ""), meta=meta)
+
     @cached_property
     def _exam_names(self) -> tutor.Names:
         return tutor.Names.divide(self.objects, self.unstudied, seed=0) if self.seed else self.names
@@ -331,7 +354,7 @@ def run(config: LessonsConfig, work: Work) -> dict:
         bar.update(1, questions=len(practice))
         write_records(folder / "train.jsonl", train)
         write_records(folder / "valid.jsonl", validation)
-        write_records(folder / "prompts.jsonl", [conversation((q.text, ""), meta=q.to_meta()) for q in practice])
+        write_records(folder / "prompts.jsonl", lesson.prompts(practice))
         for split, questions in exams.items():
             write_lines(folder / f"{split}.jsonl", (json.dumps(q.to_meta()) for q in questions))
         bar.update(1)

@@ -33,6 +33,7 @@ from lyceum.errors import DataError, RunError
 from lyceum.evals.tasks import tutor
 from lyceum.log import log, progress
 from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.lineage import read_model
 from lyceum.run import Work, checkpoint_in
 from lyceum.tokens.chat import ChatFormat
 
@@ -164,12 +165,9 @@ def earlier_checkpoint(section: Path) -> Path:
     snapshots = sorted(section.glob("snapshot-*"))
     if snapshots:
         return snapshots[0]
-    own = checkpoint_in(section)
-    note = own / "lyceum.json"
-    info = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    start = own.parent.parent / str(info.get("parent"))
-    if info.get("stage") in SHAPED and (start / "config.json").is_file():
-        return start
+    own = read_model(checkpoint_in(section))
+    if own.stage in SHAPED and own.parent is not None:
+        return own.parent
     raise RunError(f"{section.name} has no earlier checkpoint", hint="set snapshots = [0.3] in its recipe section")
 
 

@@ -164,7 +164,8 @@ def select(
     for choice in kept:
         conversation = asked[choice.prompt][0]
         answered = (*conversation.messages, chat.parse(choice.output.ids))
-        rows.append(replace(conversation, messages=answered, meta={**conversation.meta, "score": choice.score}))
+        about = {**conversation.meta, "origin": "model", "score": choice.score}
+        rows.append(replace(conversation, messages=answered, meta=about))
     return rows, {
         **counts,
         "kept": len(kept),

@@ -140,7 +140,8 @@ class Stage(ABC, Generic[MicroBatch]):
         trained: name -> Trained.  frozen: name -> module; the loop turns gradients off and moves them to the device.
         num_steps: number of optimizer steps of the whole run; the schedule's progress is (step + 0.5) / num_steps.
         tokenizer: saved with the checkpoints.  parent: the checkpoint the stage started from, as
-            lyceum.json names it ("sft/checkpoint").
+            lyceum.json names it ("sft/checkpoint").  learned_from: what it learns from, as `lyceum.model.lineage.learned`
+            words it.
         flops_per_token: floating point operations to train on one of a step's tokens, for the share of the machine's
             limit that is shown; 0 = not known, not shown.
     Set by the loop: device, before `start`; origin (recipe, section, seed, and at a save step and results).
@@ -160,6 +161,7 @@ class Stage(ABC, Generic[MicroBatch]):
         self.flops_per_token = 0.0
         self.tokenizer: Any = None
         self.parent: str | None = None
+        self.learned_from: list[dict[str, Any]] = []
         self.device = torch.device("cpu")
         self.origin: dict[str, Any] = {}
         self.stop = False
@@ -272,7 +274,7 @@ class Stage(ABC, Generic[MicroBatch]):
             save_checkpoint(place, trained.module, self.tokenizer, self.info(), gather=gathered)
 
     def info(self) -> dict[str, Any]:
-        """What lyceum.json says about the checkpoint: parent, stage, recipe, settings, fingerprints, results."""
+        """What lyceum.json says about the checkpoint: parent, stage, recipe, settings, what was learned from, results."""
         fingerprint = getattr(self.tokenizer, "fingerprint", None)
-        made_from = {"parent": self.parent, "tokenizer": fingerprint}
+        made_from = {"parent": self.parent, "learned_from": self.learned_from, "tokenizer": fingerprint}
         return {"stage": self.kind, **made_from, **self.origin, "settings": settings_of(self.config)}

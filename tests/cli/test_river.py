@@ -466,3 +466,19 @@ def test_a_wrong_watch_table_is_refused_before_anything_runs(garden: Any) -> Non
     with pytest.raises(ConfigError, match=r"\[watch\] in .* has no setting 'spikes'"):
         garden.run("watch.spikes=8")
     assert garden.ran == []
+
+
+# -------------------------------------------------------------------------------- a role that is played on request
+
+
+def test_a_role_that_must_be_asked_for_is_played_only_then(garden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pretraining goes on from an earlier pretraining only where the recipe says so."""
+    soil = kinds.Input("soil", ("soil",))
+    asked = kinds.Kind("sow", "made_up.shoot", "Config", (soil, kinds.Input("policy", ("shoot",), False, asked=True)))
+    for place in (kinds, river):
+        monkeypatch.setattr(place, "KINDS", {**place.KINDS, "shoot": asked})
+    garden.recipe.write_text('[soil]\n[shoot.one]\n[shoot.two]\n[shoot.three]\nfrom = "one"\n')
+    inputs = {step.name: step.inputs for step in river.plan(load_recipe(garden.recipe))}
+    assert inputs["one"] == inputs["two"] == {"soil": "soil"}
+    assert inputs["three"] == {"soil": "soil", "policy": "one"}
+    assert kinds.KINDS["shoot"] is asked

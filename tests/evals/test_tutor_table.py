@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from lyceum.evals.tasks.tutor import DECLINE, Question, grade
-from lyceum.evals.tutor_table import Judge, Outcome, compare, policies, summarise
+from lyceum.evals.tutor_table import Judge, Outcome, compare, sections, start_of, summarise
 from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.ensemble import Ensemble, join_members
 from lyceum.model.heads import ScoreModel
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
+from lyceum.run import write_json
 from lyceum.stages.reward import RewardModel
 
 KNOWN = Question("What does len do?", "studied", "does", "Return the number of items.", name="len")
@@ -68,7 +69,17 @@ def test_the_examination_scores_with_every_member_of_an_ensemble(tmp_path: Path)
         assert Judge(tmp_path / place, 8).score(rows) == pytest.approx(expected, abs=1e-4)
 
 
-def test_every_ppo_section_is_a_row_the_last_one_last() -> None:
+def test_every_section_of_a_role_is_a_row_the_last_one_last() -> None:
     inputs = {"sft": Path("sft"), "ppo": Path("ppo-3"), "ppo:ppo": Path("ppo"), "ppo:ppo-2": Path("ppo-2")}
-    assert list(policies(inputs).items()) == [(name, Path(name)) for name in ("ppo", "ppo-2", "ppo-3")]
-    assert policies({"ppo": Path("gentle")}) == {"ppo": Path("gentle")}
+    assert list(sections(inputs, "ppo").items()) == [(name, Path(name)) for name in ("ppo", "ppo-2", "ppo-3")]
+    assert sections({"ppo": Path("gentle")}, "ppo") == {"ppo": Path("gentle")}
+    assert sections(inputs, "sft") == {"sft": Path("sft")}
+
+
+def test_a_policy_is_measured_from_the_model_it_started_from(tmp_path: Path) -> None:
+    parents = {"instruct": None, "chat": None, "ppo": "instruct/checkpoint", "lost": "gone/checkpoint"}
+    for name, parent in parents.items():
+        write_json(tmp_path / name / "checkpoint" / "config.json", {})
+        write_json(tmp_path / name / "checkpoint" / "lyceum.json", {"stage": "x", "parent": parent})
+    rows = {name: tmp_path / name for name in ("instruct", "chat")}
+    assert start_of(tmp_path / "ppo", rows) == "instruct" and start_of(tmp_path / "lost", rows) == "chat"

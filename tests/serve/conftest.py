@@ -17,9 +17,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import openai
@@ -209,10 +209,12 @@ def start(usual: Running, tokenizer: Tokenizer) -> Iterator[Callable[..., Runnin
 
     def make(
         *, limits: Limits | None = None, porter: Porter | None = None, max_batch: int = 8,
-        can_insert: bool = False, pooling: Pooling | None = None,
+        can_insert: bool = False, pooling: Pooling | None = None, lineage: Sequence[Any] = (),
         hosts: tuple[str, ...] = (), origins: tuple[str, ...] = (), **models: nn.Module,
     ) -> Running:  # fmt: skip
-        served = [of_model(name, model, tokenizer, max_batch, can_insert, pooling) for name, model in models.items()]
+        served = [
+            of_model(name, model, tokenizer, max_batch, can_insert, pooling, lineage) for name, model in models.items()
+        ]
         if not (limits or porter or hosts or origins):
             usual.serve(served)
             return usual
@@ -234,9 +236,11 @@ def of_model(
     max_batch: int = 8,
     can_insert: bool = False,
     pooling: Pooling | None = None,
+    lineage: Sequence[Any] = (),
 ) -> Served:
     engine = Engine(model, max_batch=max_batch, token_bytes=tokenizer.token_bytes)
-    return serve(name, engine, tokenizer, can_insert=can_insert, pooling=pooling, created=1, fingerprint="abc")
+    more: Any = {"created": 1, "fingerprint": "abc", "lineage": lineage}
+    return serve(name, engine, tokenizer, can_insert=can_insert, pooling=pooling, **more)
 
 
 @pytest.fixture(scope="session")
@@ -411,9 +415,11 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
     def make(
         script: Callable[[str, SamplingParams], str] = lambda text, params: f"You said: {text}", *, pause_s: float = 0.0,
         names: tuple[str, ...] = ("demo",), about: Mapping[str, Any] | None = None, porter: Porter | None = None,
+        lines: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     ) -> Running:  # fmt: skip
         engines = {name: Scripted(tokenizer, script, pause_s) for name in names}
-        service = Service([serve(name, engine, tokenizer) for name, engine in engines.items()])  # type: ignore[arg-type]
+        served = [serve(name, e, tokenizer, lineage=lines.get(name, ())) for name, e in engines.items()]  # type: ignore[arg-type]
+        service = Service(served)
         store = store_of.open(tmp_path / "store.sqlite")
         app = make_app(service, porter=porter, routers=[pages.pages(service, store, about=about)])
         running: Any = Running(service, app, service.limits)

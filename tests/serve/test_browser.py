@@ -369,6 +369,30 @@ def test_settings_belong_to_the_chat_and_looks_to_the_page(page: Make, visit: Ma
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(27, 26, 25)"
 
 
+def test_the_settings_show_where_the_chosen_model_comes_from(page: Make, visit: Make) -> None:
+    documents, hostile = {"kind": "documents", "count": 9216, "source": "corpus"}, "<img src=x onerror=alert(1)>"
+    people = {"kind": "rankings", "count": 1200, "source": "x", "origins": {"human": 300, "rule": 900}}
+    line = [
+        {"model": hostile, "stage": "", "data": []},
+        {"model": "base", "stage": "pretrain", "data": [documents]},
+        {"model": "better", "stage": "preference", "data": [people]},
+    ]
+    tab = visit(page(names=("demo", "older"), lines={"demo": line}))
+    tab.get_by_role("button", name="Settings").click()
+    shown = tab.locator(".lineage")
+    expect(shown.locator("summary")).to_have_text("Where it comes from")
+    shown.locator("summary").click()
+    rows = [f"{hostile} made elsewhere", "base 9,216 documents", "better 1,200 rankings (300 by people)"]
+    expect(shown.locator("li")).to_have_text(rows)
+    shot(tab, "lineage")
+    tab.get_by_text("中文", exact=True).click()
+    expect(shown.locator("li").last).to_have_text("better 1,200 组排序 (其中 300 个来自真人)")
+    expect(shown).to_have_attribute("open", "")
+    shot(tab, "lineage-zh")
+    tab.locator("select[name=model]").select_option("older")
+    expect(shown).to_have_count(0)  # nobody knows where that one comes from
+
+
 def test_the_keys_do_what_their_sheet_says(page: Make, visit: Make) -> None:
     server = page(lambda asked, params: "word " * 2000, pause_s=0.01)
     tab = visit(server)

@@ -16,6 +16,7 @@ from lyceum.engine.engine import Engine
 from lyceum.errors import CheckpointError
 from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.heads import ScoreModel
+from lyceum.model.lineage import learned
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import write_json
@@ -45,6 +46,38 @@ def test_a_checkpoint_becomes_a_model(run: Callable, tokenizer: Tokenizer) -> No
     before = served.fingerprint
     (folder / "model.safetensors").touch()
     assert load("tutor", folder, max_batch=2).fingerprint != before
+
+
+def test_a_model_tells_its_line_and_no_folder(run: Callable) -> None:
+    documents, people = (
+        learned("documents", 9, "corpus", part="docs"),
+        learned("rankings", 3, "people.jsonl", origins={"human": 3}),
+    )
+    folder = run(
+        pretrain={"stage": "pretrain", "parent": None, "learned_from": [documents]},
+        better={"stage": "preference", "parent": "pretrain/checkpoint", "learned_from": [people, {"kind": "lies"}]},
+    )  # fmt: skip
+    served = load("tutor", folder / "better" / "checkpoint", max_batch=1)
+    line = [
+        {"model": "pretrain", "stage": "pretrain", "data": [documents]},
+        {"model": "better", "stage": "preference", "data": [people]},
+    ]
+    shown = served.to_json()
+    assert shown["parent"] == "pretrain" and shown["learned_from"] == line and str(folder) not in json.dumps(shown)
+    alone = load("base", folder / "pretrain" / "checkpoint", max_batch=1).to_json()
+    assert alone["parent"] is None and alone["learned_from"] == line[:1]
+
+
+def test_the_official_client_takes_the_line_beside_its_own_fields(start: Callable, decoder: Decoder) -> None:
+    line = [
+        {"model": "base", "stage": "", "data": []},
+        {"model": "sft", "stage": "sft", "data": [learned("ratings", 2, "x")]},
+    ]
+    server = start(m=decoder, lineage=line)
+    model = server.openai().models.retrieve("m")
+    assert model.id == "m" and model.object == "model" and model.owned_by == "lyceum"
+    assert model.parent == "base" and model.learned_from == line  # type: ignore[attr-defined]
+    assert [one.id for one in server.openai().models.list()] == ["m"]
 
 
 def test_insert_is_inherited_from_the_stage_that_learned_it(run: Callable) -> None:

@@ -102,7 +102,9 @@ def test_both_languages_have_every_text() -> None:
 
 def test_start_tells_models_and_what_they_studied(page: Make) -> None:
     about = {"studied": "json and csv", "ask": ["What is json?"]}
-    told = page(names=("demo", "older"), about=about).ask("GET", "/api/start").json
+    line = [{"model": "sft", "stage": "sft", "data": []}]
+    told = page(names=("demo", "older"), about=about, lines={"older": line}).ask("GET", "/api/start").json
+    assert [model["learned_from"] for model in told["models"]] == [[], line]
     assert [model["id"] for model in told["models"]] == ["demo", "older"] and told["models"][0][
         "context_length"
     ] == 4096

@@ -506,7 +506,11 @@ def test_stage_runs_from_files_and_shows_reference_and_policy_side_by_side(schoo
     assert report["first_and_last_iteration"]["kl"][0] == pytest.approx(0, abs=1e-4)
     assert report["episodes"] == 8 and report["prompts"] == {"kept": 3, "too_long": 1}
     loaded = load_checkpoint(tmp_path / "checkpoint")
-    assert isinstance(loaded.model, Decoder) and loaded.info["parent"] == "sft/checkpoint"
+    assert isinstance(loaded.model, Decoder) and loaded.info["parent"] == str(school / "sft" / "checkpoint")
+    assert loaded.info["learned_from"] == [
+        {"kind": "prompts", "count": 3, "source": "lessons"},
+        {"kind": "scores", "count": 8, "source": "reward"},
+    ]
 
 
 def test_rewards_and_first_values_are_the_reward_models_own_scores(school: Path, tmp_path: Path) -> None:

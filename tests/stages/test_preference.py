@@ -323,7 +323,10 @@ def test_every_odd_row_has_its_stated_behaviour_and_is_counted(school: Path, tmp
     assert report["judged"]["valid"] == {"kept": 1, "empty_responses": 0}
     assert report["line"].startswith("dpo: ") and "held-out pairs" in report["line"]
     saved = load_checkpoint(tmp_path / "preference" / "checkpoint")
-    assert saved.info["stage"] == "preference" and saved.info["parent"] == "sft/checkpoint"
+    assert saved.info["stage"] == "preference" and saved.info["parent"].endswith("sft/checkpoint")
+    assert saved.info["learned_from"] == [
+        {"kind": "rankings", "count": 3, "source": "rankings", "origins": {"rule": 3}}
+    ]
     assert (tmp_path / "preference" / FILE).exists()
     samples = (tmp_path / "preference" / "samples.jsonl").read_text().splitlines()
     assert json.loads(samples[0])["chosen"] == "yes"

@@ -27,9 +27,10 @@ from lyceum.corpus.pipeline import run as corpus_run
 from lyceum.corpus.records import Document, write_records
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.errors import ConfigError, DataError, TrainingError
+from lyceum.errors import CheckpointError, ConfigError, DataError, TrainingError
 from lyceum.log import read_metrics
 from lyceum.model.checkpoint import load_checkpoint
+from lyceum.model.lineage import read_model
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
@@ -451,3 +452,50 @@ def test_the_page_lists_every_setting_of_its_own_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page.split("## Settings")[1], re.MULTILINE))
     own = PretrainConfig.__annotations__
     assert rows == {name: str(getattr(PretrainConfig(), name)) for name in own}
+
+
+# -------------------------------------------------------------------------------- going on from an earlier one
+
+
+def go_on(folder: Path, inputs: dict[str, Path], start: Path, config: PretrainConfig = SMALL, **model: Any) -> Work:
+    work = work_in(folder, {**inputs, "policy": start}, **model)
+    run(config, work)
+    return work
+
+
+def test_a_second_section_goes_on_where_the_first_ended_on_other_text(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Base on documentation, then code on that model: it begins with the first one's weights, and a fresh one does not."""
+    docs, code = replace(SMALL, weights={"docs": 1.0}), replace(SMALL, weights={"docs": 0.25, "code": 0.75})
+    run(docs, work_in(tmp_path / "base", inputs))
+    ended = load_checkpoint(tmp_path / "base" / "checkpoint").model.state_dict()
+    begun, fresh = Pretrain(code), started(tmp_path / "fresh", inputs, code)
+    begun.start(work_in(tmp_path / "begun", {**inputs, "policy": tmp_path / "base"}))
+    assert all(torch.equal(tensor, ended[name]) for name, tensor in begun.model.state_dict().items())
+    assert not torch.equal(fresh.model.output_weight, begun.model.output_weight)
+    go_on(tmp_path / "code", inputs, tmp_path / "base", code)
+    models = {name: read_model(tmp_path / name / "checkpoint") for name in ("base", "code")}
+    assert models["code"].parent == models["base"].folder and models["code"].info["parent"] == "base/checkpoint"
+    assert models["base"].parent is None and fresh.parent is None
+    part = {"kind": "documents", "count": 200, "source": "corpus"}
+    assert models["base"].learned_from == [{**part, "part": "docs", "tokens": 24 * 256}]
+    both = {one["part"]: one for one in models["code"].learned_from}
+    assert both["docs"]["count"] == both["code"]["count"] == 200
+    assert both["docs"]["tokens"] + both["code"]["tokens"] == 24 * 256
+    assert both["docs"]["tokens"] == pytest.approx(6 * 256, rel=0.1)
+
+
+def test_a_model_of_another_shape_or_vocabulary_is_not_gone_on_with(inputs: dict[str, Path], tmp_path: Path) -> None:
+    short = replace(SMALL, tokens=256)
+    run(short, work_in(tmp_path / "base", inputs))
+    with pytest.raises(ConfigError, match=r"another shape \(1 layers of width 64\)(.|\n)*hint: leave out \[model\]"):
+        go_on(tmp_path / "wide", inputs, tmp_path / "base", short, width=128)
+    work = work_in(tmp_path / "free", {**inputs, "policy": tmp_path / "base"})
+    run(short, replace(work, recipe=replace(work.recipe, model={})))  # no [model]: the checkpoint's shape
+    assert (
+        load_checkpoint(tmp_path / "free" / "checkpoint").spec == load_checkpoint(tmp_path / "base" / "checkpoint").spec
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    Tokenizer.train(["other words entirely " * 20], 280).save(other)
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        go_on(tmp_path / "odd", {**inputs, "tokenizer": other}, tmp_path / "base", short)

@@ -24,6 +24,7 @@ from lyceum.evals import agreement
 from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.ensemble import Ensemble
 from lyceum.model.heads import ScoreModel
+from lyceum.model.lineage import read_model
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
@@ -271,7 +272,9 @@ def test_stage_reads_files_and_reports_what_it_left_out(school: Path, tmp_path: 
     assert result["accuracy_noisy"] == 1.0 and "length_baseline" in result and "%" in result["line"]
     loaded = reward.RewardModel.load(tmp_path / "reward" / "checkpoint")
     info = json.loads((tmp_path / "reward" / "checkpoint" / "lyceum.json").read_text())
-    assert info["parent"] == "sft/checkpoint" and info["stage"] == "reward" and info["reward_centre"] == loaded.centre
+    assert info["stage"] == "reward" and info["reward_centre"] == loaded.centre
+    assert read_model(tmp_path / "reward" / "checkpoint").parent == school / "sft" / "checkpoint"
+    assert info["learned_from"] == [{"kind": "rankings", "count": 6, "source": "rankings", "origins": {"rule": 6}}]
     assert info["tokenizer"] == loaded.tokenizer.fingerprint
 
 

@@ -205,7 +205,9 @@ def test_the_run_learns_reports_and_resumes_bit_for_bit(
     assert report["valid_loss"] == lines[-1]["valid/loss"] and 0 <= report["valid_accuracy"] <= 1
     samples = (tmp_path / "straight" / "samples.jsonl").read_text()
     assert len(samples.splitlines()) == sft.NUM_SAMPLES and "please" in samples
-    assert load_checkpoint(tmp_path / "straight" / "checkpoint").info["parent"] == "pretrain/checkpoint"
+    told = load_checkpoint(tmp_path / "straight" / "checkpoint").info
+    assert told["parent"] == str(inputs["policy"] / "checkpoint")  # which lies in another folder than this run's
+    assert told["learned_from"] == [{"kind": "conversations", "count": 40, "source": "lessons"}]
 
     whole = SFT.steps
 

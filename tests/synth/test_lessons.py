@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from lyceum.config import build
 from lyceum.corpus.packages import ObjectFact
+from lyceum.corpus.records import Message
 from lyceum.errors import DataError
 from lyceum.evals.metrics import words
 from lyceum.evals.tasks import tutor
@@ -100,6 +102,32 @@ def test_reference_answers_of_practice_prompts_are_right_by_the_rule(lesson: Les
         if not tutor.grade(q, q.reference).right and q.cell != "small_talk"
     ]
     assert not wrong
+
+
+def test_a_share_of_practice_prompts_comes_second_after_an_answered_question(lesson: Lesson) -> None:
+    practice = lesson.practice()
+    alone = list(lesson.prompts(practice))
+    assert [c.messages for c in alone] == [(Message("user", q.text),) for q in practice]
+    mixed = Lesson(lesson.objects, lesson.unstudied, replace(lesson.config, practice_follow_up_share=0.5), lesson.seed)
+    prompts = list(mixed.prompts(practice))
+    assert list(mixed.prompts(practice)) == prompts
+    second = [c for c in prompts if len(c.messages) > 1]
+    assert len(second) / len(prompts) == pytest.approx(0.5, abs=0.08)
+    summaries = {fact.name: fact.summary for fact in lesson.objects}
+    pointing = []
+    for prompt, question in zip(prompts, practice, strict=True):
+        asked = tutor.Question.from_meta(prompt.meta)
+        assert (asked.reference, asked.cell, asked.name) == (question.reference, question.cell, question.name)
+        assert prompt.messages[-1] == Message("user", asked.text)
+        if len(prompt.messages) > 1:
+            assert [m.role for m in prompt.messages] == ["user", "assistant", "user"]
+            assert prompt.messages[1].content in summaries.values()
+        if len(prompt.messages) > 1 and asked.cell == "studied" and asked.kind in ("takes", "module"):
+            pointing.append(asked.text)
+            assert prompt.messages[1].content == summaries[asked.name] and asked.name not in asked.text
+    assert pointing
+    untaught = {normalised(q.text) for split in EXAMS for q in lesson.exam(split)}
+    assert not untaught & {normalised(m.content) for c in prompts for m in c.messages}
 
 
 def test_the_same_seed_makes_the_same_lesson_and_another_seed_another(lesson: Lesson) -> None:

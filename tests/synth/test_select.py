@@ -123,7 +123,8 @@ def test_the_section_writes_conversations_split_by_prompt(chat: ChatFormat, tmp_
     assert (len(parts["train"]), len(parts["valid"])) == (report["train"], report["valid"])
     assert report["train"] + report["valid"] == report["kept"] and "best of 8" in report["line"]
     asked = [row.meta["n"] for rows in parts.values() for row in rows]
-    assert len(set(asked)) == len(asked) and all("score" in row.meta for row in parts["train"])
+    assert len(set(asked)) == len(asked) and all(row.meta["score"] for row in parts["train"])
+    assert all(row.meta["origin"] == "model" for rows in parts.values() for row in rows)
     other = Tokenizer.train(["other words entirely " * 20], 280)
     save_checkpoint(tmp_path / "reward" / "checkpoint", judge, other, {})
     with pytest.raises(CheckpointError, match="another tokenizer"):

@@ -2,7 +2,7 @@
 
 import { accountSection } from "./account.js";
 import { h, sign } from "./html.js";
-import { LANGUAGES, language, t } from "./words.js";
+import { LANGUAGES, language, number, t } from "./words.js";
 
 // name, least, most, step, what an empty field stands for; the first two have a slider
 const NUMBERS = [
@@ -42,6 +42,24 @@ export function dress(looks) {
   document.documentElement.dataset.looks = looks;
 }
 
+// kinds of what a model can have learned from -> their words
+const LEARNED = {
+  documents: "learned_documents", conversations: "learned_conversations", rankings: "learned_rankings",
+  ratings: "learned_ratings", prompts: "learned_prompts", scores: "learned_scores",
+};
+
+/** Where a model comes from: those before it, the oldest first, and what each learned from; nothing if nobody knows. */
+function lineage(steps) {
+  if (!steps?.length) return null;
+  const said = ({ kind, count, origins }) => {
+    const people = origins?.human;
+    return t(LEARNED[kind], { n: number(count) }) + (people ? ` (${t("by_people", { n: number(people) })})` : "");
+  };
+  return h("details", { class: "lineage" }, h("summary", {}, t("comes_from")),
+    h("ol", {}, steps.map(({ model, stage, data }) => h("li", {}, h("b", {}, model), " ",
+      h("span", {}, data.length ? data.map(said).join(" · ") : stage || t("made_elsewhere"))))));
+}
+
 export class Settings {
   /** models: of the server. changed(what, value): what, is "model", "second", "system" or "parameters". */
   constructor({ models, changed, looksChanged, languageChanged, dataChanged, failed, closed }) {
@@ -49,6 +67,7 @@ export class Settings {
     this.element = h("aside", { class: "settings", id: "settings", "aria-label": t("settings"), hidden: true });
     this.closed = closed;
     this.chat = { model: models[0]?.id ?? "", second: "", system: "", parameters: {} };
+    this.lineage = h("div", {});
   }
 
   get isOpen() {
@@ -79,8 +98,10 @@ export class Settings {
     });
     const tell = (what, value) => {
       chat[what] = value;
+      if (what === "model") this.showLineage();
       this.changed(what, value);
     };
+    this.showLineage();
     const names = models.map((model) => [model.id, model.id]);
     const select = (what, all, chosen) =>
       h("select", { onchange: (event) => tell(what, event.target.value), name: what }, options(all, chosen));
@@ -99,6 +120,7 @@ export class Settings {
         h("section", {},
           h("h3", {}, t("for_chat")),
           labelled(t("model"), select("model", names, chat.model)),
+          this.lineage,
           models.length > 1 && labelled(t("second_model"), select("second", [["", t("same_model")], ...names], chat.second)),
           labelled(t("system"), h("textarea", {
             rows: 4, name: "system", placeholder: t("system_placeholder"), value: chat.system, maxlength: 20000,
@@ -121,6 +143,14 @@ export class Settings {
         accountSection({ changed: this.dataChanged, failed: this.failed }),
       ),
     );
+  }
+
+  /** What the chosen model comes from; it stays open, or closed, as another is chosen. */
+  showLineage() {
+    const shown = lineage(this.models.find((one) => one.id === this.chat.model)?.learned_from);
+    if (shown) shown.open = Boolean(this.lineage.querySelector("details")?.open);
+    this.lineage.replaceChildren(...(shown ? [shown] : []));
+    this.lineage.hidden = !shown;
   }
 
   number([name, least, most, step, standard], hasSlider, tell) {
