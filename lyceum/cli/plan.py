@@ -88,7 +88,7 @@ def needs(recipe: Recipe, steps: Sequence[river.Step], run: Path | None = None) 
     """
     by_name = {step.name: step for step in steps}
     makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "preference": _preference}
-    makers |= {"ppo": _on_policy, "grpo": _on_policy}
+    makers |= {"ppo": _on_policy, "tamer": _on_policy, "grpo": _on_policy}
     return [makers[s.section.kind](recipe, s, by_name, run) for s in steps if s.section.kind in makers]
 
 
@@ -189,7 +189,7 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
 def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, _ = _spec(recipe, step, by_name)
     config, example = step.config, _example(spec)
-    has_critic = step.section.kind == "ppo"
+    has_critic = step.section.kind in ("ppo", "tamer")
     num_judges = _judges(step, by_name) if not config.rewards or "model" in config.rewards else 0
     terms = 2 + bool(config.ptx_coef)  # the policy's, and the critic's or the KL
     text_row = (
@@ -317,7 +317,7 @@ def plan(
     found = needs(recipe, river.plan(recipe), Path(runs_dir) / recipe.name)
     if not found:
         raise ConfigError(
-            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference, ppo or grpo"
+            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference, ppo, tamer or grpo"
         )
     lines = [note for need in found for note in need.notes]
     lines += [

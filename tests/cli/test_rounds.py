@@ -183,4 +183,4 @@ def test_the_real_smoke_recipe_has_rounds_and_every_kind_of_a_round_is_one(tmp_p
     steps = {step.name: step for step in river.plan(load_recipe(find_recipe("smoke"), ["rounds=2"]))}
     assert steps["rankings-2"].config.cumulative and steps["rankings-2"].inputs["policy"] == "ppo"
     assert steps["ppo-2"].inputs["policy"] == steps["reward-2"].inputs["policy"] == "sft"
-    assert steps["eval"].inputs["ppo"] == "ppo-2" and steps["eval"].inputs["ppo:ppo"] == "ppo"
+    assert steps["eval"].inputs["shaped"] == "ppo-2" and steps["eval"].inputs["shaped:ppo"] == "ppo"

@@ -27,7 +27,7 @@ from lyceum.log import read_metrics
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
-from lyceum.stages import grpo, ppo
+from lyceum.stages import grpo, ppo, tamer
 from lyceum.stages.algorithms import OnPolicyConfig
 from lyceum.stages.onpolicy import OnPolicy
 from lyceum.stages.rollouts import Rollout
@@ -97,6 +97,21 @@ class Toy(InMemory, ppo.PPO):
 
 class GroupToy(InMemory, grpo.GRPO):
     """The methods without a critic, in memory."""
+
+
+class TamerToy(InMemory, tamer.TamerPPO):
+    """TAMER+RL in memory."""
+
+    def __init__(
+        self, config: tamer.TamerConfig, *given: Any, trainer: tamer.Trainer | None = None, **named: Any
+    ) -> None:
+        super().__init__(config, *given, **named)
+        self.trainer = trainer or tamer.SimulatedTrainer(likes_fives)
+
+
+def likes_fives(prompt: Any, response: Sequence[int]) -> list[float]:
+    """What a simulated trainer of the toy thinks of each token."""
+    return [1.0 if token == 5 else -1.0 if token in (3, 7) else 0.0 for token in response]
 
 
 def work_in(folder: Path, seed: int = 0, inputs: dict[str, Path] | None = None) -> Work:
