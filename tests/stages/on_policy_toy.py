@@ -75,17 +75,16 @@ class InMemory(OnPolicy):
 
     def __init__(
         self, config: Any, reward: Score = count_word, *, model: Decoder | None = None, text: Any = None,
-        stop_ids: tuple[int, ...] = (STOP,), num_prompts: int = NUM_WORDS,
+        stop_ids: tuple[int, ...] = (STOP,), num_prompts: int = NUM_WORDS, prompts: Prompts | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, reward)
         self.model, self.given_text, self.stops = model or small_policy(), text, stop_ids
-        self.num_prompts = num_prompts
+        words = range(num_prompts)
+        self.given = prompts or Prompts([[MARK, word] for word in words], [{"word": word} for word in words])
 
     def start(self, work: Work) -> None:
-        words = range(self.num_prompts)
-        prompts = Prompts([[MARK, word] for word in words], [{"word": word} for word in words])
         model = copy.deepcopy(self.model)
-        self.begin(model, prompts, seed=work.seed, text=self.given_text, stop_ids=self.stops, pad_id=13)
+        self.begin(model, self.given, seed=work.seed, text=self.given_text, stop_ids=self.stops, pad_id=13)
 
     def save(self, folder: Path, snapshot: str = "") -> None:
         return None

@@ -177,6 +177,28 @@ def test_another_cut_into_micro_batches_gives_the_same_run(name: str, tmp_path: 
         assert one == pytest.approx(two, abs=1e-9)
 
 
+def test_terms_go_back_apart_only_on_the_lines_that_tell_their_norms(tmp_path: Path) -> None:
+    results = {}
+    for every in (1, 10):
+        stage, passes = GroupToy(replace(SMALL, iterations=12, norms_every=every)), []
+        begin = stage.begin
+
+        def watched(policy: Any, *given: Any, begin: Any = begin, passes: list[int] = passes, **named: Any) -> None:
+            begin(policy, *given, **named)
+            hook = lambda grad: passes.append(1)  # noqa: E731
+            policy.register_forward_hook(
+                lambda m, a, out: out.register_hook(hook) and None if out.requires_grad else None
+            )
+
+        stage.begin = watched  # type: ignore[method-assign]
+        train(stage, tmp_path / str(every))
+        told = [number for number, line in enumerate(lines(tmp_path / str(every)), 1) if "grad_norm/kl" in line]
+        results[every] = (len(passes), told, weights(stage))
+    assert results[1][:2] == (24, list(range(1, 13))) and results[10][:2] == (15, [1, 10, 12])
+    for one, other in zip(results[1][2], results[10][2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------- the reference
 
 
