@@ -287,7 +287,7 @@ WHOLE = ("name", "seed", "rounds")  # settings of the whole recipe
 TABLES = ("model", "watch", "machine")  # headers that make no section
 # The kinds that `rounds` repeats, with what they do in a later round unless the recipe says otherwise.
 ROUND: dict[str, dict[str, Any]] = {
-    "rankings": {"cumulative": True}, "reward": {}, "preference": {}, "ppo": {}, "grpo": {}
+    "rankings": {"cumulative": True}, "reward": {}, "preference": {}, "ppo": {}, "tamer": {}, "grpo": {}
 }  # fmt: skip
 HEADER = re.compile(r"^\s*\[\s*([\w-]+)\s*(?:\.\s*([\w-]+)\s*)?\]", re.MULTILINE)
 
@@ -339,7 +339,7 @@ def _in_rounds(sections: tuple[Section, ...], rounds: int, path: Path) -> tuple[
         return sections
     first = [section for section in sections if section.kind in ROUND]
     kinds = {section.kind for section in first}
-    if "rankings" not in kinds or not kinds & {"preference", "ppo", "grpo"}:
+    if "rankings" not in kinds or not kinds & {"preference", "ppo", "tamer", "grpo"}:
         raise ConfigError(
             f"{path} has rounds = {rounds}, and lacks what a round is made of: rankings, and a policy that learns from them",
             hint="add [rankings], [reward] and [ppo], or leave rounds out",

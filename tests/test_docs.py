@@ -228,7 +228,14 @@ def test_every_kind_of_section_has_its_page(kind: str) -> None:
 def test_the_settings_on_a_page_are_those_of_the_code(kind: str) -> None:
     from lyceum.train.stage import TrainConfig
 
-    real, shared = defaults(config_of(kind)), defaults(TrainConfig)
+    config = config_of(kind)
+    others = [
+        other for name in KINDS if (other := config_of(name)) in config.__mro__[1:]
+    ]  # which have a page of their own
+    real, shared = (
+        defaults(config),
+        {name: value for one in (TrainConfig, *others) for name, value in defaults(one).items()},
+    )
     written = dict(settings_tables(ROOT / "docs" / "stages" / f"{kind}.md"))
     wrong = {
         name: (value, real.get(name, "no such setting")) for name, value in written.items() if real.get(name) != value

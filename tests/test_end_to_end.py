@@ -168,6 +168,12 @@ def test_the_recipe_of_preferences_ends_with_policies_that_talk(tmp_path: Path) 
     assert reports["select"]["score_kept"] > reports["select"]["score_drawn"]
     learned = (run / "select" / "train.jsonl").read_bytes().count(b"\n")
     assert json.loads((run / "selected" / "report.json").read_text())["conversations"] == learned
+    table = json.loads((run / "report.json").read_text())
+    rows = {row["model"]: row for row in table["rows"]}
+    assert list(rows) == ["base", "sft", "best_of_4", "selected", "preference", "thumbs"]
+    assert rows["sft"]["kl"] == 0 and rows["preference"]["kl"] > 0.01 and rows["selected"]["reward"] is not None
+    assert len(table["thumbs_minus_sft"]) == 3 and "ppo_minus_sft" not in table
+    assert "thumbs minus SFT" in (run / "report.html").read_text()
     said = subprocess.run(
         [sys.executable, "-m", "lyceum", "chat", str(run), "--stage", "preference", "-p", "hello"],
         capture_output=True, text=True, timeout=100,

@@ -49,6 +49,9 @@ def _from(role: str, *kinds: str, needed: bool | Callable[[Any], bool] = True) -
     return Input(role, kinds or (role,), needed)
 
 
+SHAPED = ("preference", "ppo", "tamer", "grpo")  # kinds whose policy has learned what is liked
+POLICIES = ("sft", *SHAPED)  # kinds whose policy answers
+
 ON_POLICY = (  # what a policy that learns from its own samples starts from, besides itself
     _from("reward", needed=lambda config: not config.rewards or "model" in config.rewards),
     _from("lessons"),
@@ -87,7 +90,7 @@ KINDS: dict[str, Kind] = {
         "lyceum.synth.rankings",
         "RankingsConfig",
         (
-            _from("policy", "sft", "preference", "ppo", "grpo"),
+            _from("policy", *POLICIES),
             _from("lessons"),
             Input("earlier", ("rankings",), only_if="cumulative"),
         ),
@@ -110,7 +113,7 @@ KINDS: dict[str, Kind] = {
         "draw answers and keep the best as conversations (best-of-n)",
         "lyceum.synth.select",
         "SelectConfig",
-        (_from("policy", "sft", "preference", "ppo"), _from("reward"), _from("lessons")),
+        (_from("policy", *POLICIES), _from("reward"), _from("lessons")),
     ),
     "ppo": Kind(
         "stage 4: learn from the reward of its own answers",
@@ -119,11 +122,18 @@ KINDS: dict[str, Kind] = {
         (_from("policy", "sft"), *ON_POLICY),
         every_rank=True,
     ),
+    "tamer": Kind(
+        "stage 4 with a trainer who presses keys beside the reward (TAMER+RL)",
+        "lyceum.stages.tamer",
+        "TamerConfig",
+        (_from("policy", "sft"), *ON_POLICY),
+        every_rank=True,
+    ),
     "grpo": Kind(
         "learn from comparing its own answers, without a critic",
         "lyceum.stages.grpo",
         "GRPOConfig",
-        (_from("policy", "sft", "ppo", "grpo"), *ON_POLICY),
+        (_from("policy", "sft", "ppo", "tamer", "grpo"), *ON_POLICY),
         every_rank=True,
     ),
     "eval": Kind(
@@ -133,12 +143,19 @@ KINDS: dict[str, Kind] = {
         (
             _from("corpus"),
             _from("lessons"),
-            Input("base", ("pretrain",), every=True),
+            Input("base", ("pretrain",), needed=False, every=True),
             Input("sft", ("sft",), every=True),
-            _from("reward"),
-            Input("ppo", ("ppo",), every=True),
+            _from("reward", needed=False),
+            Input("shaped", SHAPED, needed=False, every=True),
         ),
     ),
 }
 POLICY = "policy"  # the role that ``from = "name"`` chooses
-CAN_CHAT = ("ppo", "grpo", "preference", "sft", "pretrain")  # kinds whose checkpoint talks, the most schooled first
+CAN_CHAT = (
+    "ppo",
+    "tamer",
+    "grpo",
+    "preference",
+    "sft",
+    "pretrain",
+)  # kinds whose checkpoint talks, the most schooled first

@@ -243,7 +243,8 @@ def settings_help(kind: str) -> str:
 def _run(args: argparse.Namespace) -> None:
     from lyceum.cli import river
 
-    river.run_recipe(args.recipe, overrides=args.overrides, first=args.first, last=args.last, runs_dir=args.runs)
+    asked = {"overrides": args.overrides, "first": args.first, "last": args.last, "runs_dir": args.runs}
+    river.run_recipe(args.recipe, **asked, every_round=bool(getattr(args, "kind", "")))  # a verb is all of its rounds
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -32,7 +32,17 @@ from lyceum.model.hub import read_json, read_spec
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.run import checkpoint_in
 from lyceum.train.machine import MachineConfig
-from lyceum.train.memory import BASE_BYTES, PARTS, Memory, added, cache_memory, frozen_memory, total, training_memory
+from lyceum.train.memory import (
+    BASE_BYTES,
+    PARTS,
+    Memory,
+    added,
+    cache_memory,
+    frozen_memory,
+    reference_memory,
+    total,
+    training_memory,
+)
 from lyceum.train.workers import num_workers
 
 CPU_SHARE = 0.37
@@ -88,7 +98,7 @@ def needs(recipe: Recipe, steps: Sequence[river.Step], run: Path | None = None) 
     """
     by_name = {step.name: step for step in steps}
     makers = {"pretrain": _pretrain, "sft": _sft, "reward": _reward, "preference": _preference}
-    makers |= {"ppo": _on_policy, "grpo": _on_policy}
+    makers |= {"ppo": _on_policy, "tamer": _on_policy, "grpo": _on_policy}
     return [makers[s.section.kind](recipe, s, by_name, run) for s in steps if s.section.kind in makers]
 
 
@@ -135,6 +145,7 @@ def _sft(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], ru
     longest = min(config.max_tokens or spec.context_length, spec.context_length)
     micro = max(min(config.micro_tokens, config.batch_tokens), longest)
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "recompute": _recomputes(recipe)}
+    state["lora_rank"] = config.lora_rank
     judge = [frozen_memory(spec)] * (config.best_by == "reward") * _judges(step, by_name)
     memory = _both(lambda size: [_training_memory(spec, micro, size, **state), *judge])
     lessons = run / step.inputs["lessons"] / "train.jsonl" if run and "lessons" in step.inputs else None
@@ -171,7 +182,7 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
     spec, _ = _spec(recipe, step, by_name)
     config, chosen = step.config, step.config.objective()
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": 2 if chosen.nll else 1, "loss": "chosen"}
-    state["recompute"] = _recomputes(recipe)
+    state |= {"recompute": _recomputes(recipe), "lora_rank": config.lora_rank}
     memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
     if config.data or "rankings" not in step.inputs:  # a file of somebody's: not known until it is read
         return Need(step.name, "preference", spec, *memory)
@@ -189,7 +200,8 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
 def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step], run: Path | None) -> Need:
     spec, _ = _spec(recipe, step, by_name)
     config, example = step.config, _example(spec)
-    has_critic = step.section.kind == "ppo"
+    has_critic = getattr(config, "critic", "shared") == "own"  # a shared one is a row of numbers
+    learned = {"lora_rank": config.lora_rank, "train_layers": config.train_layers}
     num_judges = _judges(step, by_name) if not config.rewards or "model" in config.rewards else 0
     terms = 2 + bool(config.ptx_coef)  # the policy's, and the critic's or the KL
     text_row = (
@@ -198,10 +210,11 @@ def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Ste
 
     def models(size: int) -> list[Memory]:
         both = {"num_terms": terms, "ema": config.ema, "recompute": _recomputes(recipe)}
-        policy = _training_memory(spec, config.micro_tokens, size, matrix_lr=config.matrix_lr, loss="chosen", **both)
+        rate = config.matrix_lr
+        policy = _training_memory(spec, config.micro_tokens, size, matrix_lr=rate, loss="chosen", **both, **learned)
         engines = device.num_threads() if device.pick_device().type == "cpu" else 1  # side by side
         cache = cache_memory(spec, min(config.engine_batch * engines, config.episodes), spec.context_length)
-        held = [policy, *[frozen_memory(spec)] * (1 + num_judges), cache]  # the reference and the reward models
+        held = [policy, reference_memory(spec, **learned), *[frozen_memory(spec)] * num_judges, cache]
         if has_critic:
             rate = config.critic_matrix_lr
             held.append(_training_memory(spec, config.micro_tokens, size, matrix_lr=rate, loss="score", **both))
@@ -317,7 +330,7 @@ def plan(
     found = needs(recipe, river.plan(recipe), Path(runs_dir) / recipe.name)
     if not found:
         raise ConfigError(
-            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference, ppo or grpo"
+            f"no section of {recipe.path} trains", hint="add one: pretrain, sft, reward, preference, ppo, tamer or grpo"
         )
     lines = [note for need in found for note in need.notes]
     lines += [

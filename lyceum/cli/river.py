@@ -196,6 +196,12 @@ def choose(steps: Sequence[Step], first: str = "", last: str = "") -> list[Step]
     return list(steps[begin : end + 1])
 
 
+def rounds_of(steps: Sequence[Step], step: Step) -> list[Step]:
+    """A section, and what it is in later rounds."""
+    later = [s for s in steps if s.section.round > 1 and s.name == f"{step.name}-{s.section.round}"]
+    return [step, *later]
+
+
 def _find(steps: Sequence[Step], word: str, option: str) -> int:
     names = [step.name for step in steps]
     if word in names:
@@ -216,9 +222,13 @@ def run_recipe(
     overrides: Sequence[str] = (),
     first: str = "",
     last: str = "",
+    every_round: bool = False,
     runs_dir: str | Path = "runs",
 ) -> Path:
     """Run a recipe, or the part of it between `first` and `last`; prints the result when the run has one.
+
+    Args:
+        every_round: of the one section that is chosen, what it is in later rounds too, as far as their inputs are there.
 
     Returns:
         The run's folder.
@@ -229,7 +239,7 @@ def run_recipe(
     """
     recipe = load_recipe(find_recipe(recipe_path), overrides)
     path = Path(runs_dir) / recipe.name
-    if dist.world_size() == 1 and _show_finished(recipe, path, runs_dir, first, last):
+    if dist.world_size() == 1 and _show_finished(recipe, path, runs_dir, first, last, every_round):
         return path
     device.prepare("train", threads=_threads_of(path))
     dist.start()
@@ -240,6 +250,8 @@ def run_recipe(
         chosen = choose(steps, first, last)
         with Run.open(recipe, runs_dir) if dist.is_main() else Run(path) as run:
             missing_inputs(run, steps, chosen)
+            if every_round:
+                chosen = ready_rounds(run, steps, chosen[0])
             _check_memory(run, recipe, steps, chosen)
             if dist.is_main():
                 record(run, recipe, steps)
@@ -252,10 +264,12 @@ def run_recipe(
     return path
 
 
-def _show_finished(recipe: Recipe, path: Path, runs_dir: Path | str, first: str, last: str) -> bool:
+def _show_finished(recipe: Recipe, path: Path, runs_dir: Path | str, first: str, last: str, every_round: bool) -> bool:
     """Show what a run has come to if all that is asked for is plainly finished; otherwise False."""
     steps = remembered(recipe, path)
     chosen = choose(steps, first, last) if steps else []
+    if steps and every_round:
+        chosen = rounds_of(steps, chosen[0])
     if not steps or not all(Run(path).is_finished(step.name, step.key) for step in chosen):
         return False
     with Run.open(recipe, runs_dir) as run:
@@ -279,6 +293,18 @@ def missing_inputs(run: Run, steps: Sequence[Step], chosen: Sequence[Step]) -> N
                 raise RunError(
                     f"{step.name} starts from {name}, which {why} in {run.path}", hint=f"run it first: --from {name}"
                 )
+
+
+def ready_rounds(run: Run, steps: Sequence[Step], step: Step) -> list[Step]:
+    """A section, and what it is in later rounds, up to one that starts from what is not there yet; that is said."""
+    chosen = rounds_of(steps, step)
+    for count in range(2, len(chosen) + 1):
+        try:
+            missing_inputs(run, steps, chosen[:count])
+        except RunError as missing:
+            log.info(f"later rounds wait: {missing.message}")
+            return chosen[: count - 1]
+    return chosen
 
 
 def _check_memory(run: Run, recipe: Recipe, steps: Sequence[Step], chosen: Sequence[Step]) -> None:

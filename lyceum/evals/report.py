@@ -42,6 +42,7 @@ COLUMNS = (
     ("kl", "KL", "nats per answer away from the fine-tuned model"),
 )  # fmt: skip
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+MINUS = "_minus_"  # between two rows whose difference the table has
 
 ON_POLICY = (
     ("objective/scores", "reward"),
@@ -65,6 +66,7 @@ CURVES = {
         ("logps/chosen", "log-probability of better"),
     ),
     "ppo": ON_POLICY,
+    "tamer": (*ON_POLICY, ("tamer/presses", "presses of the trainer")),
     "grpo": ON_POLICY,
 }
 
@@ -79,6 +81,7 @@ def build(run_folder: Path, recipe: Recipe, *, redraw: bool = True) -> dict[str,
     by_kind = {kind: reports[name] for name, kind in sections.items() if reports[name]}
     spent = _spent(run_folder, sections)
     table = by_kind.get("eval", {})
+    minus = next((key for key in table if MINUS in key), "ppo_minus_sft")
     result = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -89,7 +92,7 @@ def build(run_folder: Path, recipe: Recipe, *, redraw: bool = True) -> dict[str,
         "peak_memory_gb": max((memory for _, memory in spent.values()), default=0.0),
         "seconds": {name: round(seconds, 1) for name, (seconds, _) in spent.items()},
         "rows": table.get("rows", []),
-        "ppo_minus_sft": table.get("ppo_minus_sft", []),
+        minus: table.get(minus, []),
         "reward_model": _pick(by_kind.get("reward", {}), ("accuracy_noisy", "accuracy_clean", "length_baseline")),
         "open_book": table.get("open_book"),
         "ranked_by_rule": "rankings" in sections.values(),
@@ -110,13 +113,18 @@ def _is_newest(page: Path, run_folder: Path, sections: Mapping[str, str]) -> boo
     return page.exists() and all(file.stat().st_mtime <= page.stat().st_mtime for file in files)
 
 
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The measures that some row has."""
+    return [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+
+
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """The table for a terminal: one line a measure, one column a model."""
     rows = result["rows"]
     if not rows:
         return []
-    lines = [f"{'held-out questions':<52}" + "".join(f"{_name(row['model']):>11}" for row in rows)]
-    for key, heading, meaning in COLUMNS:
+    lines = [f"{'held-out questions':<52}" + "".join(f"{shown_name(row['model']):>11}" for row in rows)]
+    for key, heading, meaning in _columns(rows):
         text = f"{heading}: {meaning}"
         lines.append(f"{text[:51]:<52}" + "".join(f"{_number(row.get(key)):>11}" for row in rows))
     return lines
@@ -142,7 +150,8 @@ def _facts(result: Mapping[str, Any]) -> str:
     return f"{', '.join(filter(None, said))}; Python {result['python']}"
 
 
-def _name(model: str) -> str:
+def shown_name(model: str) -> str:
+    """A row of the table, as people call it."""
     return NAMES.get(model, model.replace("_", " "))
 
 
@@ -182,27 +191,31 @@ def _curves(run_folder: Path, sections: Mapping[str, str]) -> str:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{html.escape(_name(row['model']))}</th>" for row in result["rows"])
+    rows = result["rows"]
+    head = "".join(f"<th>{html.escape(shown_name(row['model']))}</th>" for row in rows)
     body = []
-    for key, heading, meaning in COLUMNS:
-        cells = "".join(f"<td>{_number(row.get(key))}{_interval(row, key)}</td>" for row in result["rows"])
+    for key, heading, meaning in _columns(rows):
+        cells = "".join(f"<td>{_number(row.get(key))}{_interval(row, key)}</td>" for row in rows)
         body.append(f"<tr><th>{html.escape(heading)}<small>{html.escape(meaning)}</small></th>{cells}</tr>")
     return f"<table class='numbers'><tr><th></th>{head}</tr>{''.join(body)}</table>"
 
 
 def _interval(row: Mapping[str, Any], key: str) -> str:
-    low_high = row.get("intervals", {}).get(key)
-    return f"<small>{_number(low_high[0])} to {_number(low_high[1])}</small>" if low_high else ""
+    low_high = row.get("intervals", {}).get(key) or [None]
+    return "" if None in low_high else f"<small>{_number(low_high[0])} to {_number(low_high[1])}</small>"
 
 
 def _changes(result: Mapping[str, Any]) -> str:
+    key = next(key for key in result if MINUS in key)
+    after, _, before = key.partition(MINUS)
     items = []
-    for change in result["ppo_minus_sft"]:
+    for change in result[key]:
         low, high = change["interval"]
         items.append(
             f"<li>{html.escape(change['measure'])}: {change['difference']:+.3f} ({low:+.3f} to {high:+.3f})</li>"
         )
-    return f"<p>PPO minus SFT, question by question, with 95 % intervals:</p><ul>{''.join(items)}</ul>" if items else ""
+    title = html.escape(f"{shown_name(after)} minus {shown_name(before)}")
+    return f"<p>{title}, question by question, with 95 % intervals:</p><ul>{''.join(items)}</ul>" if items else ""
 
 
 # over rounds: measure of the table -> what is drawn
@@ -248,14 +261,14 @@ def _open_book(result: Mapping[str, Any]) -> str:
     book = result["open_book"]
     if not book:
         return ""
-    packages = html.escape(", ".join(book["packages"]))
+    packages, who = html.escape(", ".join(book["packages"])), html.escape(shown_name(book["model"]))
     shares = {
         key: (_number(book.get(key)) or "none") + _range(book, key)
         for key in ("call_rate", "valid_calls", "f1_unseen", "exact")
     }
     return (
         f"<h2>Open book</h2><p>Given the tool <i>lookup</i> and {book['n']['exact']} questions about objects of {packages}, "
-        f"which it has never seen, the {html.escape(_name(book['model']))} model calls it for {shares['call_rate']} of them; "
+        f"which it has never seen, the {who} model calls it for {shares['call_rate']} of them; "
         f"{shares['valid_calls']} of the calls ask for exactly the right name. F1 of its answers is {shares['f1_unseen']}; "
         f"{shares['exact']} repeat the documentation's sentence to the letter.</p>"
     )
@@ -284,6 +297,7 @@ def _transcript(examples: Mapping[str, Any]) -> str:
     shown = examples.get("unchosen", [])
     if not shown:
         return ""
+    who = html.escape(examples["models"][-1]["model"])
     rows = "".join(
         f"<tr class='{'right' if s['right'] else 'wrong'}'><td>{'' if s['right'] else '✗'}</td>"
         f"<td>{html.escape(s['cell'].replace('_', ' '))}</td><td class='say'>{html.escape(s['question'])}</td>"
@@ -293,7 +307,7 @@ def _transcript(examples: Mapping[str, Any]) -> str:
     )
     return (
         f"<h2>A transcript that nobody chose</h2><p>The first {len(shown)} of the shuffled held-out questions, answered by "
-        "the PPO model. Failures are marked, with what was wanted.</p><table class='left'><tr><th></th><th>kind</th>"
+        f"the {who} model. Failures are marked, with what was wanted.</p><table class='left'><tr><th></th><th>kind</th>"
         f"<th>question</th><th>answer</th><th>wanted</th></tr>{rows}</table>"
     )
 

@@ -1,8 +1,11 @@
-"""The table of a tutor run: every base, SFT and PPO model, and best-of-n by the reward model, over the same held-out questions.
+"""The table of a tutor run: every policy that the recipe makes, and best-of-n, over the same held-out questions.
 
-Every row answers every question once, greedily, but best-of-n, which draws n answers at temperature 1 and keeps the one the
-reward model scores highest. Intervals are bootstrap intervals over questions of this one run; `bench/demo_seeds.py` pools runs
-of several seeds from the outcomes written here. Writes `outcomes.jsonl` (one line a question and row: the answer and
+Rows: the base model; the fine-tuned ones; best-of-n by the reward model, where there is one; then what has learned from
+preferences or rewards (DPO, PPO, GRPO, TAMER+RL), of every round, each named by its section. Every row answers every question
+once, greedily, but best-of-n, which draws n answers at temperature 1 and keeps the one the reward model scores highest. They come
+from the *start*, the fine-tuned model that the last of those policies began as (without such a policy: the first fine-tuned
+one). KL of a policy counts from the fine-tuned model that it began as itself, that of the others from the start. Intervals are bootstrap intervals over questions of this one run; `bench/demo_seeds.py` pools
+runs of several seeds from the outcomes written here. Writes `outcomes.jsonl` (one line a question and row: the answer and
 what it was graded) and `examples.json` (one prompt through every model; the first questions of the shuffled list, unchosen).
 """
 
@@ -21,19 +24,18 @@ from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
-from lyceum.errors import DataError
+from lyceum.errors import ConfigError, DataError
 from lyceum.evals.metrics import best_of_n_kl, mean_interval, words
+from lyceum.evals.report import shown_name
 from lyceum.evals.tasks import content, open_book, tutor
 from lyceum.evals.tasks.tutor import Grade, Question
 from lyceum.log import progress
 from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.ensemble import load_members
-from lyceum.model.lineage import read_model
 from lyceum.run import Work, write_json, write_lines
 from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
-TITLES = {"sft": "SFT", "ppo": "PPO"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Outcome:
     answer: str
     tokens: int
     grade: Grade
-    reward: float
+    reward: float | None  # where a reward model stands
     wrong_claim: bool
 
 
@@ -90,8 +92,12 @@ class Judge:
 Measure = Callable[[Outcome], float | None]
 
 
-def _in(cells: Sequence[str], value: Callable[[Outcome], float]) -> Measure:
-    return lambda outcome: float(value(outcome)) if outcome.question.cell in cells else None
+def _in(cells: Sequence[str], value: Callable[[Outcome], float | None]) -> Measure:
+    def measure(outcome: Outcome) -> float | None:
+        found = value(outcome) if outcome.question.cell in cells else None
+        return None if found is None else float(found)
+
+    return measure
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -132,9 +138,11 @@ def compare(name: str, before: Sequence[Outcome], after: Sequence[Outcome]) -> d
 
 
 class Exam:
-    """The held-out questions, ready to be asked of one engine after another."""
+    """The held-out questions, ready to be asked of one engine after another; without a judge answers have no reward."""
 
-    def __init__(self, questions: Sequence[Question], chat: ChatFormat, judge: Judge, config: EvalConfig) -> None:
+    def __init__(
+        self, questions: Sequence[Question], chat: ChatFormat, judge: Judge | None, config: EvalConfig
+    ) -> None:
         self.questions, self.chat, self.judge, self.config = list(questions), chat, judge, config
         self.prompts = [chat.prompt(Conversation((Message("user", q.text),))) for q in self.questions]
         sentences = [tutor.DECLINE, *(item.answer for item in (*content.load_misses(), *content.load_refusals()))]
@@ -150,6 +158,7 @@ class Exam:
         return self.outcomes(outputs)
 
     def best_of(self, engine: Engine) -> list[Outcome]:
+        assert self.judge is not None, "somebody has to say which is best"
         count = self.config.best_of
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         params = [self.params(temperature=1.0, seed=7919 * i + 1) for i in range(len(prompts))]
@@ -160,10 +169,9 @@ class Exam:
 
     def outcomes(self, outputs: Sequence[Output]) -> list[Outcome]:
         rows = [prompt + output.ids for prompt, output in zip(self.prompts, outputs, strict=True)]
+        rewards = self.judge.score(rows) if self.judge else [None] * len(rows)
         found = []
-        for number, (question, output, reward) in enumerate(
-            zip(self.questions, outputs, self.judge.score(rows), strict=True)
-        ):
+        for number, (question, output, reward) in enumerate(zip(self.questions, outputs, rewards, strict=True)):
             answer = self.chat.parse(output.ids).content
             graded = tutor.grade(question, answer, ended=output.finish == "stop")
             wrong = tutor.claims(answer, self.honest)
@@ -191,67 +199,91 @@ def few_shot_prompt(chat: ChatFormat, question: str, shots: Sequence[tuple[str, 
 def side_by_side(
     exam: Exam,
     engines: Mapping[str, Engine],
-    rows: Mapping[str, Mapping[str, Path]],
+    bases: Sequence[str],
+    chats: Sequence[str],
     question: Question,
     shots: Sequence[Question],
 ) -> list[dict]:
-    """One prompt through every base model, the last of them with a few shots, and every SFT and PPO model."""
-    plain = exam.chat.tokenizer.encode(question.text + "\n")
-    *_, last = rows["base"]
-    room = engines[last].context_length - exam.config.max_response_tokens
-    prompts = [
-        few_shot_prompt(exam.chat, question.text, [(s.text, s.reference) for s in shots[:count]])
-        for count in range(len(shots), -1, -1)
-    ]
-    shown = next((prompt for prompt in prompts if len(prompt) <= room), plain)  # as many shots as the context holds
+    """One prompt through the base models, the last of them with a few shots too, and through those that chat, by name."""
+    tries: list[tuple[str, str, list[int]]] = []
+    if bases:
+        plain, last = exam.chat.tokenizer.encode(question.text + "\n"), bases[-1]
+        room = engines[last].context_length - exam.config.max_response_tokens
+        prompts = [
+            few_shot_prompt(exam.chat, question.text, [(s.text, s.reference) for s in shots[:count]])
+            for count in range(len(shots), -1, -1)
+        ]
+        shown = next((prompt for prompt in prompts if len(prompt) <= room), plain)  # as many shots as the context holds
+        tries = [*((name, name, plain) for name in bases), (f"{last}, few shots", last, shown)]
     chat_prompt = exam.chat.prompt(Conversation((Message("user", question.text),)))
-    tries = [(name, name, plain) for name in rows["base"]] + [(f"{last}, few shots", last, shown)]
-    tries += [(TITLES.get(name, name), name, chat_prompt) for name in (*rows["sft"], *rows["ppo"])]
-    found = []
+    tries += [(shown_name(name), name, chat_prompt) for name in chats]
+    rows = []
     for title, name, prompt in tries:
         output = engines[name].generate([prompt], exam.params())[0]
-        found.append({"model": title, "answer": exam.chat.tokenizer.decode(output.ids)})
-    return found
+        rows.append({"model": title, "answer": exam.chat.tokenizer.decode(output.ids)})
+    return rows
 
 
-def sections(inputs: Mapping[str, Path], role: str) -> dict[str, Path]:
-    """Row -> folder of every section in a role, the last one last: the role where there is one, its own name where there are
-    several."""
-    earlier = [folder for name, folder in inputs.items() if name.startswith(f"{role}:")]
-    return {folder.name: folder for folder in (*earlier, inputs[role])} if earlier else {role: inputs[role]}
+# -------------------------------------------------------------------------------- who is asked
 
 
-def start_of(policy: Path, rows: Mapping[str, Path]) -> str:
-    """The row of the model that a policy started from, as its checkpoint says; the last one if it is none of them."""
-    parent = read_model(policy / "checkpoint").parent
-    *_, last = rows
-    return next((name for name, folder in rows.items() if (folder / "checkpoint").resolve() == parent), last)
+def sections_of(inputs: Mapping[str, Path], role: str) -> dict[str, Path]:
+    """Name -> folder of every section in a role, in the recipe's order; none where nobody plays it."""
+    earlier = [folder for key, folder in inputs.items() if key.startswith(f"{role}:")]
+    nearest = [inputs[role]] if role in inputs else []
+    return {folder.name: folder for folder in (*earlier, *nearest)}
+
+
+def start_of(tuned: Sequence[str], shaped: Sequence[str], parents: Mapping[str, str]) -> str:
+    """The fine-tuned model that the last of the shaped ones began as; without any, or if that is another run's, the first.
+
+    Args:
+        tuned, shaped: sections, in the recipe's order.
+        parents: section -> the one whose checkpoint it began as.
+    """
+    name = shaped[-1] if shaped else tuned[0]
+    while name not in tuned and name in parents:
+        name = parents[name]
+    return name if name in tuned else tuned[0]
 
 
 def run(config: EvalConfig, work: Work) -> dict:
-    """Ask the held-out questions of every model of the run; returns the table of `report.json`."""
+    """Ask the held-out questions of every model of the run; returns the table of `report.json`.
+
+    Raises:
+        DataError: there are no questions. ConfigError: two rows would have one name.
+    """
     path = work.inputs["lessons"] / f"{config.split}.jsonl"
     questions = [Question.from_meta(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if not questions:
         raise DataError("no held-out questions", file=path, hint="raise lessons.held_out")
-    rows = {role: sections(work.inputs, role) for role in ("base", "sft", "ppo")}
-    sft, last = next(reversed(rows["sft"])), next(reversed(rows["ppo"]))
-    folders = rows["base"] | rows["sft"] | rows["ppo"]
+    bases, tuned, shaped = (sections_of(work.inputs, role) for role in ("base", "sft", "shaped"))
+    if len(bases) == 1:
+        bases = {"base": work.inputs["base"]}
+    best = f"best_of_{config.best_of}"
+    if taken := {*bases, best} & {*tuned, *shaped}:
+        raise ConfigError(f"the table has a row {min(taken)!r} of its own", hint="give that section another name")
+    folders = bases | tuned | shaped
     loaded = {name: load_checkpoint(folder / "checkpoint") for name, folder in folders.items()}
-    chat = ChatFormat(loaded[sft].tokenizer)
-    judge = Judge(work.inputs["reward"] / "checkpoint", config.max_batch)
+    parents = {name: str(item.info.get("parent")).split("/")[0] for name, item in loaded.items()}
+    start, last = start_of([*tuned], [*shaped], parents), [*folders][-1]
+    chat = ChatFormat(loaded[start].tokenizer)
+    judge = Judge(work.inputs["reward"] / "checkpoint", config.max_batch) if "reward" in work.inputs else None
     exam = Exam(questions, chat, judge, config)
     engines = {name: Engine(item.model, max_batch=config.max_batch, num_kept=0) for name, item in loaded.items()}
+    rows = [*folders]
+    if judge:
+        rows.insert(rows.index(start) + 1, best)
     results: dict[str, list[Outcome]] = {}
-    best = f"best_of_{config.best_of}"
-    starts = {name: start_of(folder, rows["sft"]) for name, folder in rows["ppo"].items()}
-    kls = dict.fromkeys(rows["sft"], 0.0) | {best: best_of_n_kl(config.best_of)}
-    with progress(len(engines) + 1 + len(starts), "eval", unit="model") as bar:
-        for name in (*rows["base"], *rows["sft"], best, *rows["ppo"]):
-            results[name] = exam.best_of(engines[sft]) if name == best else exam.greedy(engines[name])
+    kls = {start: 0.0, best: best_of_n_kl(config.best_of)}
+    starts = {name: start_of([*tuned], [name], parents) if name in shaped else start for name in tuned | shaped}
+    del starts[start]
+    with progress(len(rows) + len(starts), "eval", unit="model") as bar:
+        for name in rows:
+            results[name] = exam.best_of(engines[start]) if name == best else exam.greedy(engines[name])
             bar.update(1, rule=sum(o.grade.score for o in results[name]) / len(questions))
-        for name, start in starts.items():
-            kls[name] = exam.kl_from(engines[name], engines[start])
+        for name, its_start in starts.items():
+            kls[name] = exam.kl_from(engines[name], engines[its_start])
             bar.update(1)
     table = [summarise(name, outcomes) for name, outcomes in results.items()]
     for row in table:
@@ -260,20 +292,18 @@ def run(config: EvalConfig, work: Work) -> dict:
     shots = [q for q in questions if q.cell == "studied" and q.kind == "does"][:4]
     examples = {
         "prompt": shots[0].text if shots else questions[0].text,
-        "models": side_by_side(exam, engines, rows, (shots or questions)[0], shots[1:]),
+        "models": side_by_side(exam, engines, [*bases], [*tuned, *shaped], (shots or questions)[0], shots[1:]),
         "unchosen": [_shown(outcome) for outcome in results[last][: config.unchosen]],
     }
     write_json(work.folder.path / "examples.json", examples)
-    before = results[starts[last]]
-    changes = [compare(name, before, results[last]) for name in ("wrong_claim", "rule_score", "helpful_f1")]
-    row, old = table[-1], next(row for row in table if row["model"] == starts[last])
+    measures = ("wrong_claim", "rule_score", "helpful_f1")
+    changes = {f"{last}_minus_{start}": [compare(name, results[start], results[last]) for name in measures]}
     return {
-        "line": f"PPO: F1 {row['helpful_f1']:.2f}, how-to {row['howto_exact']:.2f}, wrong claims {row['wrong_claim']:.2f} "
-        f"(SFT {old['wrong_claim']:.2f}), rule score {row['rule_score']:.2f} (SFT {old['rule_score']:.2f})",
+        "line": _line(table, start, last),
         "rows": table,
-        "ppo_minus_sft": changes,
+        **(changes if last != start else {}),
         "open_book": open_book.report(
-            {"sft": engines[sft], "ppo": engines[last]},
+            {name: engines[name] for name in dict.fromkeys((start, last))},
             chat,
             exam.params(),
             lessons=work.inputs["lessons"],
@@ -282,6 +312,18 @@ def run(config: EvalConfig, work: Work) -> dict:
             count=config.open_book,
         ),
     }
+
+
+def _line(table: Sequence[Mapping[str, float]], start: str, last: str) -> str:
+    """The last policy in a sentence, beside the one that it began as."""
+    row, first = (next(row for row in table if row["model"] == name) for name in (last, start))
+    compared = ("wrong_claim", "rule_score") if last != start else ()
+    beside = {key: f" ({shown_name(start)} {first[key]:.2f})" for key in compared}
+    return (
+        f"{shown_name(last)}: F1 {row['helpful_f1']:.2f}, how-to {row['howto_exact']:.2f}, wrong claims "
+        f"{row['wrong_claim']:.2f}{beside.get('wrong_claim', '')}, "
+        f"rule score {row['rule_score']:.2f}{beside.get('rule_score', '')}"
+    )
 
 
 def _shown(outcome: Outcome) -> dict:

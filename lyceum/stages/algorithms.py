@@ -96,7 +96,9 @@ class OnPolicyConfig(TrainConfig):
     ptx_rows: float = setting(
         0.25, "rows of pretraining text for each episode of a minibatch (InstructGPT: 8)", low=0.0
     )
-    ptx_docs_share: float = setting(0.5, "share of these rows that come from the part docs", low=0.0, high=1.0)
+    ptx_docs_share: float = setting(
+        0.5, "share of these rows from the part docs, unless pretraining had weights", low=0.0, high=1.0
+    )
     lora_rank: int = setting(0, "rank of low-rank adapters, trained in place of the weights; 0 = the weights", low=0)
     lora_alpha: float = setting(16.0, "what the adapters write is scaled by lora_alpha / lora_rank", low=0.0)
     train_layers: int = setting(0, "last layers that are trained, the rest shared with the reference; 0 = all", low=0)

@@ -56,6 +56,7 @@ class GRPOConfig(OnPolicyConfig):
     epochs: int = setting(1, "passes over the episodes of an iteration", low=1)
     minibatches: int = setting(1, "optimizer steps of one pass", low=1)
     iterations: int = setting(80, "rounds of sampling and updating", low=1)
+    norms_every: int = setting(10, "steps between lines with each term's own gradient norm: a pass back a term", low=1)
     missing_end: str = setting(
         "keep", "what missing_end_score does to a reply without an end", choices=("replace", "subtract", "keep")
     )

@@ -43,7 +43,7 @@ from lyceum.model.transformer import Decoder
 from lyceum.run import checkpoint_in
 from lyceum.stages.adapters import save_policy, trained_policy
 from lyceum.stages.algorithms import OnPolicyConfig, resolve
-from lyceum.stages.pretrain import part_weights
+from lyceum.stages.pretrain import part_weights, read_weights
 from lyceum.stages.reward import RewardModel
 from lyceum.stages.rewards import (
     MODEL,
@@ -163,7 +163,7 @@ class OnPolicy(Stage[Batch]):
                     hint="set ptx_coef = 0, or put a [pretrain] section before it",
                 )
             shards = Shards(work.inputs["pretrain"] / "shards", self.tokenizer.fingerprint)
-            weights = part_weights(shards.parts, config.ptx_docs_share)
+            weights = read_weights(work.inputs["pretrain"]) or part_weights(shards.parts, config.ptx_docs_share)
             text = partial(token_batch, shards, Stream(shards.parts, weights, mix_seed(work.seed, 1)))
         self.begin(
             loaded.model, prompts, judge=judge, text=text, stop_ids=chat.stop_ids,

@@ -51,7 +51,7 @@ from lyceum.model.checkpoint import load_checkpoint
 from lyceum.model.lineage import learned
 from lyceum.model.spec import ModelConfig, ModelSpec
 from lyceum.model.transformer import Decoder
-from lyceum.run import checkpoint_in
+from lyceum.run import checkpoint_in, read_state
 from lyceum.tokens.chat import Rendered
 from lyceum.tokens.tokenizer import Tokenizer
 from lyceum.train.dial import turn
@@ -117,6 +117,12 @@ def part_weights(parts: Iterable[str], docs_share: float) -> dict[str, float]:
     if not others or "docs" not in parts:
         return dict.fromkeys(parts, 1.0 / len(list(parts)))
     return {part: docs_share if part == "docs" else (1.0 - docs_share) / len(others) for part in parts}
+
+
+def read_weights(folder: Path) -> dict[str, float]:
+    """The `weights` that the finished pretrain section in `folder` mixed its parts by; empty where it had none."""
+    state = read_state(folder)
+    return dict(state.settings.get("weights", {})) if state else {}
 
 
 def infill_rates(weights: Mapping[str, float], infill_rate: float) -> dict[str, float]:

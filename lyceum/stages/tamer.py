@@ -20,15 +20,17 @@ Deviations, each with its reason:
 - Knox and Stone bias a greedy choice over Q; a language model samples from logits, which stand in Q's place.
 - They fade B by the credit each feature has had; here it fades by iteration, alike for all.
 
-Used from Python: `TamerPPO(config, reward, trainer)`; a recipe's [ppo] has `dense`. What it is not: a page with keys to press.
+Run by `lyceum tamer RECIPE`, with a function that presses keys, or says what a simulated trainer would like; from Python by
+`TamerPPO(config, reward, trainer)`. What it is not: a page with keys to press.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,11 +41,20 @@ from lyceum.batches.pack import bucket, pad
 from lyceum.batches.pairs import Prompts
 from lyceum.config import setting
 from lyceum.engine.engine import Engine
+from lyceum.engine.stream import TextStream
 from lyceum.engine.tamer import Delay, Human, Press, Shown, credited
+from lyceum.errors import ConfigError, UsageError
 from lyceum.model.transformer import Decoder
 from lyceum.stages.ppo import PPO, PPOConfig
-from lyceum.stages.rewards import Ids, RewardSource, Score
+from lyceum.stages.rewards import Ids, RewardSource, Score, find_function, last_turn
 from lyceum.stages.rollouts import Rollout
+from lyceum.tokens.chat import ChatFormat
+from lyceum.train.loop import run_stage
+
+if TYPE_CHECKING:
+    from lyceum.run import Work
+
+VERSION = 1
 
 # (prompts, responses, meta), the tokens of a response shown one after the other from second 0 -> presses on each response
 Trainer = Callable[[Sequence[Ids], Sequence[Ids], Sequence[dict[str, Any]]], Sequence[Sequence[Press]]]
@@ -62,10 +73,25 @@ class TamerConfig(PPOConfig):
     bias_decay: float = setting(0.9, "what that weight is multiplied by after each iteration", low=0.0, high=1.0)
     human_rate: float = setting(0.5, "step of the human reward's regression", low=0.0, high=1.0)
     human_passes: int = setting(20, "steps of it an iteration", low=1)
+    trainer: str = setting("", "function that presses keys while replies are shown, as file.py:function")
+    likes: str = setting(
+        "", "in its place: function that gives 1, -1 or 0 for each piece of a reply; a simulated trainer presses"
+    )
+    attention: float = setting(1.0, "share of tokens that the simulated trainer gets round to", low=0.0, high=1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Delay(self.delay_low_s, self.delay_high_s)
+        if self.dense:
+            raise ConfigError(
+                f"the dense reward of a [tamer] section is what its trainer taught, and dense = {self.dense!r} names another",
+                hint="leave dense out, or add it to the score: rewards = { ... }",
+            )
+        if self.trainer and self.likes:
+            raise ConfigError(
+                f"trainer = {self.trainer!r} presses keys, and likes = {self.likes!r} has another do it",
+                hint="leave one of the two out",
+            )
 
 
 # ---------------------------------------------------------------- trainers
@@ -120,6 +146,67 @@ class SimulatedTrainer:
         return found
 
 
+@dataclass
+class TextTrainer:
+    """A function of texts as a trainer.
+
+    function: (prompts, shown, meta) -> presses on each reply, each a pair (second, value). `shown` has for each reply a list of
+        (from second, until second, text), a piece for each token: whole characters, and nothing for the end.
+    """
+
+    name: str
+    function: Callable[..., Sequence[Sequence[tuple[float, float]]]]
+    chat: ChatFormat
+    tokens_per_s: float
+
+    def __call__(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], meta: Sequence[dict[str, Any]]
+    ) -> list[list[Press]]:
+        """The presses. Raises UsageError where they are none."""
+        asked = [asked_text(prompt, self.chat) for prompt in prompts]
+        spans = [shown_at(len(response), self.tokens_per_s) for response in responses]
+        texts = [pieces(response, self.chat) for response in responses]
+        shown = [[(*span, text) for span, text in zip(*row, strict=True)] for row in zip(spans, texts, strict=True)]
+        found = [[tuple(map(float, press)) for press in row] for row in self.function(asked, shown, list(meta))]
+        is_right = all(len(press) == 2 and all(map(math.isfinite, press)) for row in found for press in row)
+        if len(found) != len(responses) or not is_right:
+            raise UsageError(
+                f"the trainer {self.name} did not give presses for each of {len(responses)} replies",
+                hint="return a list for each reply, of pairs (second, value); an empty one where nothing was pressed",
+            )
+        return [[Press(*press) for press in row] for row in found]
+
+
+def asked_text(prompt: Ids, chat: ChatFormat) -> str:
+    """What was said last to the model."""
+    return last_turn(chat.tokenizer.decode(list(prompt), keep_special=True))
+
+
+def pieces(response: Ids, chat: ChatFormat) -> list[str]:
+    """What each token of a reply adds to the text that is shown."""
+    stream = TextStream(chat.tokenizer.token_bytes)
+    texts = [stream.feed([token]) for token in response]
+    return [*texts[:-1], texts[-1] + stream.close()] if texts else []
+
+
+def named_trainer(config: TamerConfig, function: Callable[..., Any], chat: ChatFormat, seed: int) -> Trainer:
+    """The trainer that a recipe names, from the function it found: one of flesh and blood, or a simulated one."""
+    if config.trainer:
+        return TextTrainer(config.trainer, function, chat, config.tokens_per_s)
+
+    def likes(prompt: Ids, response: Ids) -> list[float]:
+        said = [float(value) for value in function(asked_text(prompt, chat), pieces(response, chat))]
+        if len(said) != len(response) or not all(map(math.isfinite, said)):
+            raise UsageError(
+                f"{config.likes} did not give a number for each of {len(response)} pieces of a reply",
+                hint="return as many numbers as there are pieces: 1, -1, or 0 where nothing is pressed",
+            )
+        return said
+
+    delay = Delay(config.delay_low_s, config.delay_high_s)
+    return SimulatedTrainer(likes, config.tokens_per_s, delay, seed, config.attention)
+
+
 # ---------------------------------------------------------------- equations
 
 
@@ -145,6 +232,7 @@ class TamerPPO(PPO):
         trainer: who watches the replies of every iteration, and presses keys.
     """
 
+    kind = "tamer"
     config: TamerConfig
 
     def __init__(
@@ -157,6 +245,23 @@ class TamerPPO(PPO):
         self.trainer, self.delay = trainer, Delay(config.delay_low_s, config.delay_high_s)
         # of this iteration, until it is learned from
         self.seen: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = None
+
+    def start(self, work: Work) -> None:
+        """As PPO's; the trainer is the one that the settings name, unless one was given.
+
+        Raises:
+            ConfigError: nobody watches, or the function is not there.
+        """
+        config, named = self.config, self.config.trainer or self.config.likes
+        if self.trainer is nobody and not named:
+            raise ConfigError(
+                "a [tamer] section needs somebody who watches",
+                hint="trainer = 'file.py:function' presses keys; likes = 'file.py:function' has a simulated trainer do it",
+            )
+        function = find_function(named, work.recipe.path.parent) if named else None
+        super().start(work)
+        if function is not None and self.trainer is nobody:
+            self.trainer = named_trainer(config, function, ChatFormat(self.tokenizer), work.seed)
 
     def begin(self, policy: Decoder, prompts: Prompts, **given: Any) -> None:
         """As PPO's; the trainer is not known yet."""
@@ -255,3 +360,8 @@ class TamerPPO(PPO):
         """Takes back what `state_dict` gave."""
         super().load_state_dict(state)
         self.human.weight_AD = state["human"].to(self.human.weight_AD)
+
+
+def run(config: TamerConfig, work: Work) -> dict[str, Any]:
+    """Trains `work.inputs["policy"]` beside the trainer that the settings name; returns the report."""
+    return run_stage(TamerPPO(config), work)

@@ -39,7 +39,7 @@ from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
 PARTS = ("train", "valid")
-SHAPED = ("ppo", "grpo", "preference")  # stages whose policy has learned what is liked
+SHAPED = ("ppo", "tamer", "grpo", "preference")  # stages whose policy has learned what is liked
 
 
 @dataclass(frozen=True)

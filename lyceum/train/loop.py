@@ -154,8 +154,8 @@ class _Loop:
                 begun = time.perf_counter()
                 step = next(iterator, None)
                 assert step is not None, f"{stage.kind}: steps() ended after {self.done} of {num_steps} steps"
-                logs = self.done == 0 or self.done + 1 == num_steps or (self.done + 1) % self.config.log_every == 0
-                values = self._update(step, is_logged=logs)
+                logs = self._is_due(self.config.log_every)
+                values = self._update(step, by_term=logs and self._is_due(self.config.norms_every))
                 values.update(stage.after_step(values))
                 self.done += 1
                 self.tokens += step.tokens
@@ -183,6 +183,10 @@ class _Loop:
                 if is_last or (step.can_resume and self._save_is_due()):
                     self._save()
 
+    def _is_due(self, every: int) -> bool:
+        """Whether the coming step is the first, the last, or a multiple of `every`."""
+        return self.done == 0 or self.done + 1 == self.stage.num_steps or (self.done + 1) % every == 0
+
     def _save_is_due(self) -> bool:
         is_due = self.config.save_every > 0 and self.done - self.saved_at >= self.config.save_every
         return is_due and not self.spike.num_high  # what is saved is from before the spike
@@ -192,7 +196,7 @@ class _Loop:
 
     # -------------------------------------------------------------------------------- one step
 
-    def _update(self, step: Step[Any], *, is_logged: bool) -> dict[str, float]:
+    def _update(self, step: Step[Any], *, by_term: bool) -> dict[str, float]:
         """One optimizer update; returns the step's metrics over all ranks."""
         for _ in range(self.halvings):
             self._halve(step)
@@ -204,7 +208,7 @@ class _Loop:
         # Every rank brings its part of each count, so that the sums over ranks are total and count.
         sums = {f"loss/{term}": [0.0, count / dist.data_size()] for term, count in counts.items()}
         sums["loss"] = [0.0, 1.0 / dist.data_size()]
-        if is_logged and len(counts) > 1 and not self.parallel.is_sharded:  # one pass a micro-batch, as on every rank
+        if by_term and len(counts) > 1 and not self.parallel.is_sharded:  # one pass a micro-batch, as on every rank
             norms = self._backward_by_term(step, counts, sums)
         else:
             norms = self._backward(step, counts, sums)

@@ -61,6 +61,8 @@ def training_memory(
     number_bytes: int = 4,
     recompute: bool = False,
     num_workers: int = 1,
+    lora_rank: int = 0,
+    train_layers: int = 0,
 ) -> Memory:
     """The bytes that one trained module takes at its peak.
 
@@ -73,13 +75,16 @@ def training_memory(
         number_bytes: of an activation, 2 in bf16; weights and optimizer stay at 4.
         recompute: only the inputs of all layers are kept, and what one layer keeps while it is gone back through.
         num_workers: threads that take pieces of a micro-batch side by side.
+        lora_rank, train_layers: as `trained_numbers` takes them; what is kept of a micro-batch is taken to be the same.
     """
-    counts = spec.num_parameters()
-    num_weights, in_muon = counts["total"], counts["matrices"] if matrix_lr else 0
-    optimizer = in_muon + 2 * (num_weights - in_muon) + (num_weights if ema else 0)
+    num_trained, num_matrices = trained_numbers(spec, lora_rank, train_layers)
+    matrix_lr = matrix_lr if num_matrices else 0.0
+    in_muon = num_matrices if matrix_lr else 0
+    optimizer = in_muon + 2 * (num_trained - in_muon) + (num_trained if ema else 0)
     heads = spec.num_layers * spec.width * spec.num_heads * spec.head_width
     same = 4 if spec.num_kv_heads == spec.num_heads and spec.num_heads * spec.head_width == spec.width else 2
     orthogonalised = max(2 * spec.num_layers * spec.width * spec.ffn_width, same * heads) if matrix_lr else 0
+    orthogonalised = orthogonalised * (train_layers or spec.num_layers) // spec.num_layers
     head, chunk = spec.vocab_size * spec.width, chunk_rows(micro_tokens, spec.vocab_size)
     logits = {
         "text": chunk * spec.vocab_size + 2 * head + 2 * micro_tokens * spec.width,
@@ -90,12 +95,12 @@ def training_memory(
     if recompute:
         kept = kept_per_token(replace(spec, num_layers=1)) + spec.num_layers * spec.width
     each_term = num_terms if num_terms > 1 else 0
-    gradients = num_weights * (1 + each_term + (num_workers - 1) * (max(1, num_terms) + 1))
+    gradients = num_trained * (1 + each_term + (num_workers - 1) * (max(1, num_terms) + 1))
     activations = round(SLACK * number_bytes * micro_tokens * (kept + _passing_per_token(spec)))
     later = round(SLACK * 4 * MUON_COPIES * orthogonalised)
     later = min(later, max(0, 2 * later - activations - number_bytes * logits))
     return {
-        "weights": 4 * num_weights,
+        "weights": 4 * (spec.num_parameters()["total"] + (num_trained if lora_rank else 0)),
         "gradients": 4 * gradients,
         "optimizer": 4 * optimizer + later,
         "activations": activations,
@@ -104,9 +109,35 @@ def training_memory(
     }
 
 
+def trained_numbers(spec: ModelSpec, lora_rank: int = 0, train_layers: int = 0) -> tuple[int, int]:
+    """(numbers that are trained, of them in matrices that Muon may take).
+
+    Args:
+        lora_rank: of adapters on all linear layers inside layers (`lyceum.model.lora`), which AdamW has; 0 = none.
+        train_layers: last layers that are trained, with the norm after them and an output layer of its own
+            (`lyceum.model.reference`); 0 = everything is.
+    """
+    counts = spec.num_parameters()
+    if lora_rank:
+        heads, kv_heads = spec.num_heads * spec.head_width, spec.num_kv_heads * spec.head_width
+        sides = 2 * (spec.width + heads) + 2 * (spec.width + kv_heads)
+        sides += (3 if spec.ffn == "swiglu" else 2) * (spec.width + spec.ffn_width)
+        return spec.num_layers * lora_rank * sides, 0
+    if train_layers:
+        matrices = counts["matrices"] * train_layers // spec.num_layers
+        rest = (counts["total"] - counts["matrices"] - counts["embedding"] - counts["head"]) * train_layers
+        return matrices + -(-rest // spec.num_layers) + counts["head"], matrices
+    return counts["total"], counts["matrices"]
+
+
 def frozen_memory(spec: ModelSpec) -> Memory:
     """The bytes of a model that is only run."""
     return {"weights": 4 * spec.num_parameters()["total"]}
+
+
+def reference_memory(spec: ModelSpec, lora_rank: int = 0, train_layers: int = 0) -> Memory:
+    """The bytes that a reference has of its own: a copy of what is trained, and nothing below adapters."""
+    return {"weights": 0 if lora_rank else 4 * trained_numbers(spec, 0, train_layers)[0]}
 
 
 def cache_memory(spec: ModelSpec, num_rows: int, num_tokens: int) -> Memory:

@@ -68,6 +68,7 @@ class TrainConfig:
     batch_tokens: int = setting(2048, "tokens in one optimizer step, over all ranks", low=1)
     micro_tokens: int = setting(2048, "tokens in one micro-batch, pads included", low=1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", low=1)
+    norms_every: int = setting(1, "steps between lines with each term's own gradient norm: a pass back a term", low=1)
     save_every: int = setting(200, "steps between saves of the trainer state (0 = only at the end)", low=0)
     validate_every: int = setting(0, "steps between validations (0 = only at the end)", low=0)
     ema: float = setting(0.0, "decay of a running average of the weights, then what is saved", low=0.0, high=1.0)

@@ -85,8 +85,11 @@ def test_run_hands_on_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main.main(["run", "demo", "--set", "a.b=1", "--set", "seed=2", "--from", "sft", "--until", "ppo"]) == 0
     assert main.main(["sft", "demo", "--runs", "elsewhere"]) == 0
     assert asked == [
-        ("demo", {"overrides": ["a.b=1", "seed=2"], "first": "sft", "last": "ppo", "runs_dir": "runs"}),
-        ("demo", {"overrides": [], "first": "sft", "last": "sft", "runs_dir": "elsewhere"}),
+        (
+            "demo",
+            {"overrides": ["a.b=1", "seed=2"], "first": "sft", "last": "ppo", "runs_dir": "runs", "every_round": False},
+        ),
+        ("demo", {"overrides": [], "first": "sft", "last": "sft", "runs_dir": "elsewhere", "every_round": True}),
     ]
 
 

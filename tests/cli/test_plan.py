@@ -56,6 +56,23 @@ def test_without_a_critic_and_with_rewards_by_rule_less_is_held(tmp_path: Path) 
     assert found["grpo"].memory["weights"] == 2 * found["pretrain"].memory["weights"]  # the policy and the reference
 
 
+def test_adapters_upper_layers_and_a_shared_critic_take_less() -> None:
+    whole = planned()["ppo"].memory
+    shared = planned("demo", "ppo.critic=shared")["ppo"].memory
+    assert whole["weights"] - shared["weights"] == 4 * 1_115_520  # the critic's
+    assert planned()["ppo"].flops > planned("demo", "ppo.critic=shared")["ppo"].flops
+    lora = planned("demo", "ppo.critic=shared", "ppo.lora_rank=4", "ppo.matrix_lr=0.01")["ppo"].memory
+    # of each of 4 layers 4 * (2 * (128 + 128) + 2 * (128 + 128) + 3 * (128 + 384)) numbers; no reference of its own
+    adapters = 4 * 4 * (2 * 256 + 2 * 256 + 3 * 512)
+    assert lora["weights"] == 4 * (2 * 1_115_520 + adapters) and lora["gradients"] < 0.1 * shared["gradients"]
+    upper = planned("demo", "ppo.critic=shared", "ppo.train_layers=1")["ppo"].memory
+    layer = 851_968 // 4 + 1_408 // 4
+    assert 4 * (2 * 1_115_520 + layer) <= upper["weights"] < 4 * (2 * 1_115_520 + layer + 128)
+    for name, key in (("demo", "sft"), ("smoke-preference", "preference")):
+        less, more = planned(name, f"{key}.lora_rank=4")[key].memory, planned(name)[key].memory
+        assert less["optimizer"] < more["optimizer"] and less["gradients"] < 0.25 * more["gradients"]
+
+
 def test_finished_lessons_say_how_long_fine_tuning_is(tmp_path: Path) -> None:
     (tmp_path / "lessons").mkdir()
     (tmp_path / "lessons" / "train.jsonl").write_text("{}\n" * 1000)

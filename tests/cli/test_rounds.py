@@ -173,6 +173,23 @@ def test_rounds_that_cannot_be_are_refused(school: Any, recipe: str, words: str)
     assert words in str(caught.value)
 
 
+def test_a_verb_is_a_section_of_every_round_as_far_as_what_it_starts_from_is_there(
+    school: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verb(kind: str) -> list[str]:
+        school.ran.clear()
+        words = {"overrides": ["rounds=3"], "first": kind, "last": kind, "every_round": True}
+        river.run_recipe(school.recipe, runs_dir=school.runs, **words)
+        return list(school.ran)
+
+    assert [verb(kind) for kind in ("sft", "rankings", "reward")] == [["sft"], ["rankings"], ["reward"]]
+    assert verb("ppo") == ["ppo"]
+    assert "later rounds wait: ppo-2 starts from reward-2, which was never run" in capsys.readouterr().err
+    assert [verb(kind) for kind in ("rankings", "reward", "ppo")] == [["rankings-2"], ["reward-2"], ["ppo-2"]]
+    school.run("rounds=3")
+    assert verb("ppo") == []
+
+
 def test_an_override_of_a_round_that_is_not_there_says_so(school: Any) -> None:
     with pytest.raises(ConfigError, match="no section 'ppo-3'"):
         school.run("ppo-3.size=1")
@@ -183,4 +200,4 @@ def test_the_real_smoke_recipe_has_rounds_and_every_kind_of_a_round_is_one(tmp_p
     steps = {step.name: step for step in river.plan(load_recipe(find_recipe("smoke"), ["rounds=2"]))}
     assert steps["rankings-2"].config.cumulative and steps["rankings-2"].inputs["policy"] == "ppo"
     assert steps["ppo-2"].inputs["policy"] == steps["reward-2"].inputs["policy"] == "sft"
-    assert steps["eval"].inputs["ppo"] == "ppo-2" and steps["eval"].inputs["ppo:ppo"] == "ppo"
+    assert steps["eval"].inputs["shaped"] == "ppo-2" and steps["eval"].inputs["shaped:ppo"] == "ppo"

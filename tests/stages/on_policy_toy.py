@@ -27,7 +27,7 @@ from lyceum.log import read_metrics
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
 from lyceum.run import StageFolder, Work
-from lyceum.stages import grpo, ppo
+from lyceum.stages import grpo, ppo, tamer
 from lyceum.stages.algorithms import OnPolicyConfig
 from lyceum.stages.onpolicy import OnPolicy
 from lyceum.stages.rollouts import Rollout
@@ -75,17 +75,16 @@ class InMemory(OnPolicy):
 
     def __init__(
         self, config: Any, reward: Score = count_word, *, model: Decoder | None = None, text: Any = None,
-        stop_ids: tuple[int, ...] = (STOP,), num_prompts: int = NUM_WORDS,
+        stop_ids: tuple[int, ...] = (STOP,), num_prompts: int = NUM_WORDS, prompts: Prompts | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, reward)
         self.model, self.given_text, self.stops = model or small_policy(), text, stop_ids
-        self.num_prompts = num_prompts
+        words = range(num_prompts)
+        self.given = prompts or Prompts([[MARK, word] for word in words], [{"word": word} for word in words])
 
     def start(self, work: Work) -> None:
-        words = range(self.num_prompts)
-        prompts = Prompts([[MARK, word] for word in words], [{"word": word} for word in words])
         model = copy.deepcopy(self.model)
-        self.begin(model, prompts, seed=work.seed, text=self.given_text, stop_ids=self.stops, pad_id=13)
+        self.begin(model, self.given, seed=work.seed, text=self.given_text, stop_ids=self.stops, pad_id=13)
 
     def save(self, folder: Path, snapshot: str = "") -> None:
         return None
@@ -97,6 +96,21 @@ class Toy(InMemory, ppo.PPO):
 
 class GroupToy(InMemory, grpo.GRPO):
     """The methods without a critic, in memory."""
+
+
+class TamerToy(InMemory, tamer.TamerPPO):
+    """TAMER+RL in memory."""
+
+    def __init__(
+        self, config: tamer.TamerConfig, *given: Any, trainer: tamer.Trainer | None = None, **named: Any
+    ) -> None:
+        super().__init__(config, *given, **named)
+        self.trainer = trainer or tamer.SimulatedTrainer(likes_fives)
+
+
+def likes_fives(prompt: Any, response: Sequence[int]) -> list[float]:
+    """What a simulated trainer of the toy thinks of each token."""
+    return [1.0 if token == 5 else -1.0 if token in (3, 7) else 0.0 for token in response]
 
 
 def work_in(folder: Path, seed: int = 0, inputs: dict[str, Path] | None = None) -> Work:

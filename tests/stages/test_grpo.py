@@ -1,12 +1,7 @@
-"""GRPO and its kin: groups, what is left out, adapters and shared trunks, resume, ranks; and that every preset learns.
-
-Run as a script, `python test_grpo.py FOLDER` under torchrun's environment, it is one rank of a small run of each preset.
-"""
+"""GRPO and its kin: groups, what is left out, adapters and shared trunks, resume; and that every preset learns."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +21,6 @@ from on_policy_toy import (
     work_in,
 )
 
-from lyceum import dist
 from lyceum.corpus.records import Conversation, Message, write_records
 from lyceum.errors import RunError, TrainingError
 from lyceum.model.branches import Branches
@@ -183,6 +177,28 @@ def test_another_cut_into_micro_batches_gives_the_same_run(name: str, tmp_path: 
         assert one == pytest.approx(two, abs=1e-9)
 
 
+def test_terms_go_back_apart_only_on_the_lines_that_tell_their_norms(tmp_path: Path) -> None:
+    results = {}
+    for every in (1, 10):
+        stage, passes = GroupToy(replace(SMALL, iterations=12, norms_every=every)), []
+        begin = stage.begin
+
+        def watched(policy: Any, *given: Any, begin: Any = begin, passes: list[int] = passes, **named: Any) -> None:
+            begin(policy, *given, **named)
+            hook = lambda grad: passes.append(1)  # noqa: E731
+            policy.register_forward_hook(
+                lambda m, a, out: out.register_hook(hook) and None if out.requires_grad else None
+            )
+
+        stage.begin = watched  # type: ignore[method-assign]
+        train(stage, tmp_path / str(every))
+        told = [number for number, line in enumerate(lines(tmp_path / str(every)), 1) if "grad_norm/kl" in line]
+        results[every] = (len(passes), told, weights(stage))
+    assert results[1][:2] == (24, list(range(1, 13))) and results[10][:2] == (15, [1, 10, 12])
+    for one, other in zip(results[1][2], results[10][2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------- the reference
 
 
@@ -208,7 +224,7 @@ def test_adapters_and_a_shared_trunk_learn_beside_a_reference_that_stays(
     assert held < 0.6 * sum(weight.numel() for weight in model.parameters())
 
 
-# ---------------------------------------------------------------- resume and ranks
+# ---------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
@@ -238,26 +254,6 @@ def test_killed_and_resumed_run_equals_the_straight_run_bit_for_bit(name: str, t
     assert report["left_out"] == {"unscorable": 5, "empty": 0}
     for one, two in zip(weights(resumed), weights(straight), strict=True):
         assert torch.equal(one, two)
-
-
-def two_rank_stage(name: str) -> GroupToy:
-    minibatches = 1 if name == "rloo" else 2
-    config = replace(
-        SMALL, algorithm=name, prompts_per_iteration=5, minibatches=minibatches, ptx_coef=0.2, ptx_rows=0.5,
-        micro_tokens=40, iterations=2,
-    )  # fmt: skip
-    return GroupToy(config, text=text_rows, model=small_policy().double())
-
-
-def test_two_ranks_train_as_one_does_with_every_preset(tmp_path: Path) -> None:
-    from on_policy_toy import in_two_ranks
-
-    in_two_ranks(__file__, str(tmp_path / "two"))
-    for name in WITHOUT_CRITIC:
-        train(two_rank_stage(name), tmp_path / "one" / name)
-        pairs = zip(lines(tmp_path / "one" / name), lines(tmp_path / "two" / name), strict=True)
-        for one, two in pairs:
-            assert one == pytest.approx(two, abs=1e-9), name
 
 
 # ---------------------------------------------------------------- from files
@@ -332,12 +328,3 @@ def test_every_preset_reaches_for_the_known_optimum_and_shuffled_rewards_teach_n
     control, _ = share_of_the_optimum(tmp_path / "control", seed, config, shuffled=True)
     print(f"{name} seed {seed}: share {share:.3f}, total variation {variation:.3f}; control {control:.3f}")
     assert share > LEAST_SHARE[name] and control < 0.15
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.start()
-    for preset in WITHOUT_CRITIC:
-        train(two_rank_stage(preset), Path(sys.argv[1]) / preset)
-    dist.stop()
-    json.dump({}, sys.stdout)

@@ -1,12 +1,7 @@
-"""PPO: known answers, refusals, resume, ranks; and on toys with a known optimum that it learns while controls do not.
-
-Run as a script, `python test_ppo.py FOLDER` under torchrun's environment, it is one rank of a small run.
-"""
+"""PPO: known answers, refusals, resume; and on toys with a known optimum that it learns while controls do not."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +21,6 @@ from on_policy_toy import (
     Toy,
     begun,
     count_word,
-    in_two_ranks,
     language_loss,
     lines,
     pretrained,
@@ -40,7 +34,6 @@ from on_policy_toy import (
     work_in,
 )
 
-from lyceum import dist
 from lyceum.batches.pack import TokenBatch
 from lyceum.batches.pairs import Prompts
 from lyceum.batches.shards import write_shards
@@ -425,7 +418,7 @@ def test_reward_that_is_no_reward_is_refused(
         train(Toy(SMALL, reward), tmp_path)
 
 
-# ---------------------------------------------------------------- resume and ranks
+# ---------------------------------------------------------------- resume
 
 
 def test_killed_and_resumed_run_equals_the_straight_run_bit_for_bit(tmp_path: Path) -> None:
@@ -451,22 +444,6 @@ def test_killed_and_resumed_run_equals_the_straight_run_bit_for_bit(tmp_path: Pa
     assert resumed.state_dict() == straight.state_dict() and "reward" in report["line"]
     for one, two in zip(weights(resumed), weights(straight), strict=True):
         assert torch.equal(one, two)
-
-
-CRITICS = ("own", "shared")
-
-
-def two_rank_stage(critic: str) -> Toy:
-    config = replace(SMALL, prompts_per_iteration=9, ptx_coef=0.2, ptx_rows=0.5, micro_tokens=40, critic=critic)
-    return Toy(config, text=text_rows, model=small_policy().double())
-
-
-def test_two_ranks_train_as_one_does_with_either_critic(tmp_path: Path) -> None:
-    in_two_ranks(__file__, str(tmp_path / "two"))
-    for critic in CRITICS:
-        train(two_rank_stage(critic), tmp_path / "one" / critic)
-        for one, two in zip(lines(tmp_path / "one" / critic), lines(tmp_path / "two" / critic), strict=True):
-            assert one == pytest.approx(two, abs=1e-9), critic
 
 
 # ---------------------------------------------------------------- from files
@@ -637,12 +614,3 @@ def test_pretraining_mix_keeps_the_language_at_the_same_reward(tmp_path: Path, s
     assert reward[0.0] > 0.9 and reward[0.2] > reward[0.0] - 0.1
     assert after[0.0] - before > 0.5  # the control forgets
     assert after[0.2] - before < 0.5 * (after[0.0] - before)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.start()
-    for kind in CRITICS:
-        train(two_rank_stage(kind), Path(sys.argv[1]) / kind)
-    dist.stop()
-    json.dump({}, sys.stdout)

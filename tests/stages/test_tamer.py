@@ -10,30 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from on_policy_toy import SMALL, SPEC, InMemory, Toy, lines, train, weights, work_in
+from on_policy_toy import SMALL, SPEC, TamerToy, Toy, likes_fives, lines, train, weights, work_in
 
+from lyceum.corpus.records import Conversation, Message, write_records
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.tamer import Delay, Press
+from lyceum.errors import ConfigError, UsageError
+from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
-from lyceum.stages.tamer import SimulatedTrainer, TamerConfig, TamerPPO, biased, nobody, shown_at
+from lyceum.stages import tamer
+from lyceum.stages.tamer import SimulatedTrainer, TamerConfig, biased, nobody, shown_at
+from lyceum.tokens.chat import ChatFormat
+from lyceum.tokens.tokenizer import Tokenizer
 
 CONFIG = TamerConfig(**{**asdict(SMALL), "missing_end": "keep"})
 
 
-class TamerToy(InMemory, TamerPPO):
-    """TAMER+RL in memory."""
-
-
-def five(prompt: Any, response: Sequence[int]) -> list[float]:
-    return [1.0 if token == 5 else -1.0 if token in (3, 7) else 0.0 for token in response]
-
-
 def toy(config: TamerConfig = CONFIG, trainer: Any = None, **given: Any) -> TamerToy:
-    stage = TamerToy(config, **given)
-    stage.trainer = trainer or SimulatedTrainer(five)
-    return stage
+    return TamerToy(config, trainer=trainer, **given)
 
 
 def begun(config: TamerConfig = CONFIG, **given: Any) -> TamerToy:
@@ -46,7 +42,7 @@ def begun(config: TamerConfig = CONFIG, **given: Any) -> TamerToy:
 
 
 def test_a_simulated_trainer_presses_a_while_after_each_token_that_it_likes_or_not() -> None:
-    trainer = SimulatedTrainer(five, tokens_per_s=4.0, delay=Delay(0.3, 0.8))
+    trainer = SimulatedTrainer(likes_fives, tokens_per_s=4.0, delay=Delay(0.3, 0.8))
     (presses,) = trainer([[12, 1]], [[5, 1, 3, 5, 2]], [{}])
     assert [press.value for press in presses] == [1, -1, 1]
     for press, token in zip(presses, (0, 2, 3), strict=True):
@@ -100,7 +96,9 @@ def test_log_probabilities_are_those_of_the_biased_policy_by_hand() -> None:
 
 
 def test_the_human_reward_stands_on_its_tokens_beside_the_score() -> None:
-    stage = begun(replace(CONFIG, bias=0.0, dense_coef=0.5, gamma=0.0, kl_beta=0.0), trainer=SimulatedTrainer(five))
+    stage = begun(
+        replace(CONFIG, bias=0.0, dense_coef=0.5, gamma=0.0, kl_beta=0.0), trainer=SimulatedTrainer(likes_fives)
+    )
     rollout, _ = stage.collect()
     assert (rollout.dense_BT == 0).all()  # nothing is known before the first look
     assert stage.figures["tamer/presses"] > 3
@@ -136,7 +134,7 @@ def test_killed_and_resumed_run_equals_the_straight_run_bit_for_bit(tmp_path: Pa
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return SimulatedTrainer(five)(prompts, responses, meta)
+        return SimulatedTrainer(likes_fives)(prompts, responses, meta)
 
     straight = toy(config)
     train(straight, tmp_path / "straight")
@@ -154,6 +152,82 @@ def test_a_trainer_who_is_away_teaches_nothing_and_harms_nothing(tmp_path: Path)
     stage = toy(CONFIG, trainer=nobody)
     train(stage, tmp_path)
     assert (stage.human.weight_AD == 0).all() and lines(tmp_path)[-1]["tamer/presses"] == 0
+
+
+# ---------------------------------------------------------------- from files
+
+FILES = replace(CONFIG, iterations=2, prompts_per_iteration=12, max_response_tokens=8, minibatches=1)
+WATCH = """
+seen = []
+
+def presses(prompts, shown, meta):
+    seen.append((prompts, shown, meta))
+    return [[(until + 0.5, 1.0) for _, until, text in reply if text] for reply in shown]
+
+def likes(prompt, pieces):
+    return [float(bool(text)) for text in pieces]
+
+def mute(prompts, shown, meta):
+    return []
+
+def wrong(prompt, pieces):
+    return [1.0]
+
+def score(prompts, responses, meta):
+    return [float(len(text)) for text in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that a run with rewards by a function has: sft and lessons."""
+    folder = tmp_path_factory.mktemp("school")
+    tokenizer = Tokenizer.train(["what is it? yes no maybe it is so, né " * 20], 280)
+    spec = ModelSpec(tokenizer.vocab_size, 1, 32, 2, 2, 16, 64, 48, tied=False)
+    save_checkpoint(folder / "sft" / "checkpoint", Decoder(spec, torch.Generator().manual_seed(0)), tokenizer)
+    asked = [Conversation((Message("user", text),), meta={"n": n}) for n, text in enumerate(("what?", "is it?", "so"))]
+    write_records(folder / "lessons" / "prompts.jsonl", asked)
+    return folder
+
+
+def from_files(school: Path, folder: Path, **changed: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    (folder / "watch.py").write_text(WATCH)
+    inputs = {"policy": school / "sft", "lessons": school / "lessons"}
+    return tamer.run(replace(FILES, rewards={"watch.py:score": 1.0}, **changed), work_in(folder, inputs=inputs))
+
+
+@pytest.mark.parametrize("who", [{"trainer": "watch.py:presses"}, {"likes": "watch.py:likes", "attention": 0.9}])
+def test_a_recipes_trainer_watches_texts_and_teaches(who: dict[str, Any], school: Path, tmp_path: Path) -> None:
+    report = from_files(school, tmp_path, **who)
+    assert min(report["first_and_last_iteration"]["presses"]) > 0
+    assert lines(tmp_path)[-1]["objective/dense_reward"] != 0 and lines(tmp_path)[0]["objective/dense_reward"] == 0
+    assert load_checkpoint(tmp_path / "checkpoint").info["stage"] == "tamer"
+
+
+def test_pieces_are_whole_characters_that_add_up_to_the_reply(school: Path) -> None:
+    tokenizer = load_checkpoint(school / "sft" / "checkpoint").tokenizer
+    chat = ChatFormat(tokenizer)
+    ids = [*tokenizer.encode("yes néü"), chat.stop_ids[0]]
+    assert len(tokenizer.encode("ü")) == 2  # a character of two tokens
+    shown = tamer.pieces(ids, chat)
+    assert "".join(shown) == "yes néü" and len(shown) == len(ids) and shown[-1] == ""
+    assert "\ufffd" not in "".join(shown) and tamer.pieces([], chat) == []
+
+
+def test_a_trainer_that_is_none_is_refused(school: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs somebody who watches"):
+        from_files(school, tmp_path)
+    with pytest.raises(ConfigError, match="has no function nobody"):
+        from_files(school, tmp_path, trainer="watch.py:nobody")
+    with pytest.raises(UsageError, match="did not give presses for each of 12 replies"):
+        from_files(school, tmp_path, trainer="watch.py:mute")
+    with pytest.raises(UsageError, match="did not give a number for each of"):
+        from_files(school, tmp_path, likes="watch.py:wrong")
+    with pytest.raises(ConfigError, match="leave one of the two out"):
+        replace(CONFIG, trainer="a.py:b", likes="a.py:c")
+    with pytest.raises(ConfigError, match="is what its trainer taught"):
+        replace(CONFIG, dense="a.py:b")
 
 
 # ---------------------------------------------------------------- learning
@@ -207,7 +281,7 @@ def reached(folder: Path, seed: int, config: TamerConfig, trainer: Any) -> float
 @pytest.mark.parametrize("seed", range(5))
 def test_either_way_a_trainer_teaches_and_a_shuffled_one_does_not(tmp_path: Path, seed: int, how: str) -> None:
     config = LEARNING if how == "shaping" else BIASING
-    trainer = SimulatedTrainer(five, tokens_per_s=1.5, delay=Delay(0.3, 0.8), seed=seed)
+    trainer = SimulatedTrainer(likes_fives, tokens_per_s=1.5, delay=Delay(0.3, 0.8), seed=seed)
     taught = reached(tmp_path / "taught", seed, config, trainer)
     control = reached(tmp_path / "control", seed, config, Shuffled(trainer))
     print(f"{how}, seed {seed}: reward {taught:.3f} with a trainer, {control:.3f} with a shuffled one")
