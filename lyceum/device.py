@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+COMPILERS = ("c++", "g++", "clang++")
 MEASURE_S = 0.2  # what matmul_flops takes
 RECORDED = ("OMP_NUM_THREADS", *WAITING, "MKL_NUM_THREADS", "MALLOC_ARENA_MAX")
 
@@ -139,6 +141,11 @@ def num_cores() -> int:
     except (OSError, ValueError):
         limit = len(cores)
     return max(1, min(len(cores), limit))
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch's compiler calls on a CPU."""
+    return any(map(shutil.which, COMPILERS))
 
 
 def pick_device() -> torch.device:

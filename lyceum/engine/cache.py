@@ -160,6 +160,11 @@ class Cache:
         return self._views[layer, first, num_rows]
 
     @property
+    def slots(self) -> list[Tensor]:
+        """Every layer's memory (2, rows, K, time, E), in the order of the layers; none before the first pass."""
+        return [self._layers[layer] for layer in sorted(self._layers)]
+
+    @property
     def slot_tokens(self) -> int:
         """Tokens that the slots have room for."""
         return max((memory.shape[1] * memory.shape[3] for memory in self._layers.values()), default=0)

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from lyceum.engine.adjust import Adjustment
 from lyceum.engine.cache import MIN_REUSE, Cache, Stretch, most_tokens, num_shared
+from lyceum.engine.compiled import Swift, renewed
 from lyceum.engine.constrain import Forms
 from lyceum.engine.guess import Guesser, guesses, verified
 from lyceum.engine.sampling import PLAIN, SamplingParams
 from lyceum.engine.scheduler import Scheduler
 from lyceum.engine.score import Place, encode_rows, score_rows, score_tokens
-from lyceum.engine.sequence import Draw, Drawn, Output, Processor, Scores, Sequence, StopStrings
-from lyceum.errors import DataError, UsageError
+from lyceum.engine.sequence import Draw, Drawn, Output, Processor, Scores, Sequence, StopStrings, check_ids
+from lyceum.errors import UsageError
 from lyceum.model.packed import PackedDecoder, can_pack
 
 STEP_TOKENS = 512  # prompt tokens read in one step while others decode; an idle engine reads IDLE_TOKENS
@@ -54,7 +55,8 @@ class Engine:
     machine's). batch_invariant: a reply does not depend on batch mates in its last bit; every sequence then passes alone,
     and nothing is reused. pack: run a packed copy of the weights. half: while decoding, weights of large matrices are
     rounded to 16 bits, which is up to three times as fast on a CPU (`lyceum.model.product`); scores are the model's own.
-    guess: guess tokens that stood here before, check them in one pass (`lyceum.engine.guess`). checks: of the books, for tests.
+    guess: guess tokens that stood here before, check them in one pass (`lyceum.engine.guess`). swift: decode by the way that is
+    fastest here, compiled or not (`lyceum.engine.compiled`); never for what must repeat. checks: of the books, for tests.
     """
 
     model: Any
@@ -72,6 +74,7 @@ class Engine:
         pack: bool = True,
         half: bool = False,
         guess: bool = False,
+        swift: bool = False,
         checks: bool = False,
     ):
         if max_batch < 1:
@@ -88,6 +91,7 @@ class Engine:
         self.pack = pack
         self.half = half
         self.guess = guess and not batch_invariant
+        self.swift = swift and not batch_invariant and not half
         self.checks = checks
         self._scheduler = Scheduler(max_batch)
         self._numbers = count()
@@ -95,10 +99,11 @@ class Engine:
         self._unclaimed: list[Output] = []
         self._draws: dict[int, Draw] = {}
         self._packed: PackedDecoder | None = None
+        self._swift: Swift | None = None
         self.update_weights(model)
 
     def sibling(self) -> Engine:
-        """Another engine of the same model and the same settings, with nothing to do yet."""
+        """Another engine of the same model and settings, with nothing to do yet; it measures nothing."""
         names = "max_batch token_bytes step_tokens num_kept max_bytes batch_invariant pack half guess checks"
         return Engine(self.model, **{name: getattr(self, name) for name in names.split()})
 
@@ -305,12 +310,9 @@ class Engine:
         else:
             self._packed = PackedDecoder(model, half=self.half)  # type: ignore[arg-type]
         self._runner: Any = self._packed or model
-        self._cache = Cache(
-            self.max_batch,
-            self.device,
-            max_tokens=most_tokens(spec, weight, self.max_bytes),
-            num_kept=self.num_kept,
-        )
+        self._swift = renewed(self._swift, self._packed) if self.swift else None
+        max_tokens = most_tokens(spec, weight, self.max_bytes)
+        self._cache = Cache(self.max_batch, self.device, max_tokens=max_tokens, num_kept=self.num_kept)
         self._draws.clear()
         for sequence in self._scheduler.running:
             sequence.num_cached, sequence.leader = 0, None
@@ -389,15 +391,21 @@ class Engine:
         """One pass and one draw for each sequence that has no tokens left; nothing has changed until the pass succeeded."""
         if self.guess and not chunks and (found := guesses(decoding)):
             return self._verify(decoding, found)
+        ids, starts = [sequence.tokens[-1] for sequence in decoding], [sequence.num_cached for sequence in decoding]
+        if self._swift is not None and decoding and not chunks:
+            now = self._swift.logits(
+                ids, starts, self._cache.slots, lambda: self._runner.logits(self._hidden(ids, starts))
+            )
+            chosen = self._draw(decoding, now)
+            for sequence in decoding:
+                sequence.num_cached += 1
+            return decoding, chosen
         stretches = [Stretch(sequence.row, sequence.num_cached, num) for sequence, num in chunks]
-        ids = [sequence.tokens[-1] for sequence in decoding]
         ends = []
         for sequence, num in chunks:
             ids += sequence.tokens[sequence.num_cached : sequence.num_cached + num]
             ends.append(len(ids) - 1)
-        first = decoding[0].row if decoding else 0
-        window = self._cache.window([sequence.num_cached for sequence in decoding], stretches, first=first)
-        hidden_ND = self._runner(torch.tensor([ids], device=self.device), cache=window)[0]
+        hidden_ND = self._hidden(ids, starts, stretches, first=decoding[0].row if decoding else 0)
         drawing, at = list(decoding), list(range(len(decoding)))
         for (sequence, num), end in zip(chunks, ends, strict=True):
             self._score_prompt(sequence, hidden_ND[end + 1 - num : end + 1])
@@ -406,7 +414,7 @@ class Engine:
                 at.append(end)
         drawn: Drawn = ([], [], [])
         if drawing:
-            drawn = self._draw(drawing, hidden_ND[at] if chunks else hidden_ND)
+            drawn = self._draw(drawing, self._runner.logits(hidden_ND[at] if chunks else hidden_ND))
         for sequence, num in (*((sequence, 1) for sequence in decoding), *chunks):
             sequence.num_cached += num
         return drawing, drawn
@@ -415,19 +423,22 @@ class Engine:
         """A pass over what is guessed to follow: each sequence is drawn for as often as its guesses were right, and once."""
         stretches = [Stretch(s.row, s.num_cached, 1 + len(guess)) for s, guess in zip(decoding, found, strict=True)]
         ids = [id for s, guess in zip(decoding, found, strict=True) for id in (s.tokens[-1], *guess)]
-        hidden_ND = self._runner(torch.tensor([ids], device=self.device), cache=self._cache.window([], stretches))[0]
-        drawing, drawn = verified(decoding, found, self._runner.logits(hidden_ND), self.device)
+        drawing, drawn = verified(decoding, found, self._runner.logits(self._hidden(ids, [], stretches)), self.device)
         for sequence in drawing:
             sequence.num_cached += 1
         return drawing, drawn
 
-    def _draw(self, drawing: list[Sequence], hidden_BD: Tensor) -> Drawn:
+    def _hidden(self, ids: list[int], starts: list[int], chunks: Many[Stretch] = (), *, first: int = 0) -> Tensor:
+        window = self._cache.window(starts, chunks, first=first)
+        return self._runner(torch.tensor([ids], device=self.device), cache=window)[0]
+
+    def _draw(self, drawing: list[Sequence], logits_BV: Tensor) -> Drawn:
         draw = self._draws.get(drawing[0].id)
         if draw is None or draw.sequences != drawing:
             if not self.batch_invariant:
                 self._draws.clear()
             draw = self._draws[drawing[0].id] = Draw(drawing, self.device)
-        return draw(self._runner.logits(hidden_BD))
+        return draw(logits_BV)
 
     def _score_prompt(self, sequence: Sequence, hidden_ND: Tensor) -> None:
         if not sequence.params.prompt_logprobs:
@@ -467,6 +478,9 @@ class Engine:
         if into:
             self._cache.move(into, out_of, max(self._scheduler.running[row].num_cached for row in into))
 
+    def _check(self, row: Many[int], forced: Many[int] = ()) -> None:
+        check_ids(row, forced, context_length=self.context_length, vocab_size=self.vocab_size)
+
     def check(self) -> None:
         """Asserts that the books agree: every request in one place, every row free or used, memory within its bound."""
         self._scheduler.check()
@@ -481,20 +495,3 @@ class Engine:
             )
             assert len(sequence.tokens) <= sequence.num_promised, "a sequence has outgrown what was reserved for it"
             assert sequence.leader is None or sequence.leader is not sequence, "a sequence waits for itself"
-
-    # -- rows ---------------------------------------------------------------------------------------------------------
-
-    def _check(self, row: Many[int], forced: Many[int] = ()) -> None:
-        if not row:
-            raise DataError("the prompt is empty", hint="begin with at least one token, such as the end-of-text token")
-        if len(row) > self.context_length:
-            raise DataError(
-                f"{len(row)} tokens do not fit the model's context of {self.context_length}",
-                hint="shorten the text, or use a model with a longer context",
-            )
-        for ids in (row, forced):
-            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-                raise DataError(
-                    f"token ids {min(ids)}..{max(ids)} are outside the model's vocabulary of {self.vocab_size}",
-                    hint="was the text encoded with another tokenizer?",
-                )

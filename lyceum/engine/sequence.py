@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lyceum.engine.adjust import Adjustment, adjusted
 from lyceum.engine.sampling import SamplingParams, alternatives, sample, signed64, uniform
+from lyceum.errors import DataError
 
 if TYPE_CHECKING:
     from lyceum.engine.guess import Guesser
@@ -259,3 +260,20 @@ class Draw:
     def _planned(sequence: Sequence) -> int:
         num_reply = len(sequence.tokens) - sequence.num_prompt
         return sequence.params.forced[num_reply] if num_reply < len(sequence.params.forced) else -1
+
+
+def check_ids(row: Many[int], forced: Many[int] = (), *, context_length: int, vocab_size: int) -> None:
+    """Raises DataError where a prompt is empty or too long, or it or what is forced has ids outside the vocabulary."""
+    if not row:
+        raise DataError("the prompt is empty", hint="begin with at least one token, such as the end-of-text token")
+    if len(row) > context_length:
+        raise DataError(
+            f"{len(row)} tokens do not fit the model's context of {context_length}",
+            hint="shorten the text, or use a model with a longer context",
+        )
+    for ids in (row, forced):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise DataError(
+                f"token ids {min(ids)}..{max(ids)} are outside the model's vocabulary of {vocab_size}",
+                hint="was the text encoded with another tokenizer?",
+            )

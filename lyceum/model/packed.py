@@ -119,6 +119,31 @@ class PackedDecoder:
         self._output.into(logits_NV, hidden_ND)
         return logits_NV.view(*hidden.shape[:-1], -1)
 
+    def tensors(self, *, few: bool) -> dict[str, Tensor]:
+        """All that a pass reads, by name, as `lyceum.model.step.Step` expects it; nothing is copied.
+
+        few: with the matrices as they are kept for few rows.
+        """
+        trunk: Any = self.model.model
+        assert self._output is not None and not self.half
+        found: dict[str, Tensor | None] = {"embed": trunk.embed_tokens.weight}
+        if self.spec.positions == "learned":
+            found["positions"] = trunk.embed_positions.weight
+        else:
+            shape = (self.spec.context_length, self.spec.head_width, self.spec.rope_theta)
+            table = rotary_table(*shape, torch.float32, self._eps.device, self.spec.rope_scaling)
+            found["turns"] = torch.view_as_real(table)
+        products = {"output": self._output}
+        for number, (block, layer) in enumerate(zip(trunk.layers, self._layers, strict=True)):
+            products |= {f"{number}.{name}": getattr(layer, name) for name in ("qkv", "out", "up", "down")}
+            found[f"{number}.head_gains"] = layer.head_gains
+            found |= _layer_norm(f"{number}.before", block.input_layernorm)
+            found |= _layer_norm(f"{number}.between", block.post_attention_layernorm)
+        found |= _layer_norm("last", trunk.norm) or {"last": self._final_gain}
+        for name, product in products.items():
+            found |= {name: product.weight, f"{name}.bias": product.bias, f"{name}.few": product.few if few else None}
+        return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+
     def _refreshed(self, old: Layer | None, weights: Weights) -> Layer:
         """A layer of these weights; those that are copies are written into the old ones' memory, if they fit."""
 
@@ -175,6 +200,10 @@ class Space:
     def activated(self) -> Tensor:
         """What the feed-forward multiplies with its last matrix, (N, F)."""
         return F.silu(self._gate).mul_(self._up) if self._is_gated else F.gelu(self._up, approximate="tanh")
+
+
+def _layer_norm(name: str, norm: nn.Module) -> dict[str, Tensor | None]:
+    return {name: norm.weight, f"{name}.bias": norm.bias} if isinstance(norm, nn.LayerNorm) else {}
 
 
 def _length(x: Tensor, eps: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Product:
 
     def update(self, weight: Tensor, bias: Tensor | None) -> None:
         """Multiply with this matrix from now on; what was kept in another order is made anew when it is needed."""
-        self.weight, self._bias, self._transposed = weight, bias, weight.t()
+        self.weight, self.bias, self._transposed = weight, bias, weight.t()
         self._few: Any = None
         self._first = 1 if self.half else 2
         self._last = FEW
@@ -61,12 +61,12 @@ class Product:
         """out = x weight^T + bias"""
         if self._first <= len(x) <= self._last:
             out.copy_(self._multiplied(x))
-            if self._bias is not None:
-                out += self._bias
-        elif self._bias is None:
+            if self.bias is not None:
+                out += self.bias
+        elif self.bias is None:
             torch.mm(x, self._transposed, out=out)
         else:
-            torch.addmm(self._bias, x, self._transposed, out=out)
+            torch.addmm(self.bias, x, self._transposed, out=out)
 
     def onto(self, out: Tensor, x: Tensor) -> None:
         """out += x weight^T + bias"""
@@ -74,15 +74,20 @@ class Product:
             out += self._multiplied(x)
         else:
             out.addmm_(x, self._transposed)
-        if self._bias is not None:
-            out += self._bias
+        if self.bias is not None:
+            out += self.bias
+
+    @property
+    def few(self) -> Any:
+        """The matrix as it is kept for few rows; None where it is not."""
+        if self._few is None and self._last:
+            self._few = _halved(self.weight) if self.half else _reordered(self.weight)
+        return self._few
 
     def _multiplied(self, x: Tensor) -> Tensor:
-        if self._few is None:
-            self._few = _halved(self.weight) if self.half else _reordered(self.weight)
         if self.half:
-            return torch.ops.quantized.linear_dynamic_fp16.default(x, self._few)
-        return torch.ops.mkl._mkl_linear.default(x, self._few, self.weight, None, len(x))
+            return torch.ops.quantized.linear_dynamic_fp16.default(x, self.few)
+        return torch.ops.mkl._mkl_linear.default(x, self.few, self.weight, None, len(x))
 
 
 def can_halve(weight: Tensor) -> bool:

@@ -20,7 +20,6 @@ they train (PPO), whose log-probabilities must be those of their engine; these a
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 CUT_OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 CUT_IN = ("self_attn.o_proj", "mlp.down_proj")
 ROOM = 0.5  # of its machine's memory rank 0 may fill with the whole model
-COMPILERS = ("c++", "g++", "clang++")
 COMPILE_FLOPS = {"cpu": 1e14, "cuda": 1e18}  # from here on it pays: some 20 minutes of two cores, an hour of a GPU
 PER_HEAD = ("q_norm.weight", "k_norm.weight")  # whole on every rank of a row, which sees only its own heads' gradient
 
@@ -103,8 +101,8 @@ class Parallel:
             return False
         if self.config.compile == "auto" and flops < COMPILE_FLOPS[stage.device.type]:
             return False
-        if stage.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-            said = f"torch.compile needs a C++ compiler, and there is none of {', '.join(COMPILERS)}"
+        if stage.device.type == "cpu" and not device.has_compiler():
+            said = f"torch.compile needs a C++ compiler, and there is none of {', '.join(device.COMPILERS)}"
             if self.config.compile == "yes":
                 raise ConfigError(said, hint="install g++, or leave machine.compile at auto")
             log.info(f"  {said}: layers run operator by operator")
