@@ -374,7 +374,7 @@ def test_what_is_not_plainly_finished_is_not_taken_from_memory(
 
     def is_shown(*overrides: str, first: str = "", last: str = "") -> bool:
         recipe = load_recipe(demo, overrides)
-        return river._show_finished(recipe, finished / recipe.name, finished, first, last)
+        return river._show_finished(recipe, finished / recipe.name, finished, first, last, False)
 
     assert is_shown() and is_shown(first="sft")
     for changed in ("sft.epochs=9", "model.depth=3", "seed=5", "watch.spike=3", "machine.recompute=true", "name=other"):
