@@ -137,7 +137,7 @@ LYCEUM = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.star
 MAKE = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.startswith("make ")})
 
 
-VERBS = ("run", "plan", "chat", "serve", "runs", "export", "feedback", "lab", *KINDS)
+VERBS = ("run", "plan", "chat", "serve", "runs", "export", "feedback", "improve", "lab", *KINDS)
 
 
 @pytest.mark.parametrize(("page", "command"), LYCEUM)

@@ -77,6 +77,22 @@ def harvest(judgements: Iterable[Judgement]) -> Harvest:
     return found
 
 
+def read(place: str | Path) -> Harvest:
+    """All judgements of a store, as records.
+
+    Args:
+        place: a run's folder, a store's file, or a URL.
+
+    Raises:
+        StoreError: no store is there.
+    """
+    database = Database.open(place, must_exist=True)
+    try:
+        return harvest(Judgements(database).everybodys())
+    finally:
+        database.close()
+
+
 def _target(one: Judgement) -> tuple[str, str, frozenset[str]]:
     """What a judgement is of: a later one of the same takes its place, a comparison that of a ranking too."""
     kind = "order" if one.kind in ("comparison", "ranking") else one.kind
@@ -269,11 +285,7 @@ def export(place: str | Path, to: str | Path, format: str = "rankings", *, held_
     path = Path(to)
     if path.suffix != ".jsonl" or not 0 <= held_out < 1:
         raise UsageError(f"cannot hold out {held_out} of {path}", hint="--to FILE.jsonl, --held-out from 0 to below 1")
-    database = Database.open(place, must_exist=True)
-    try:
-        found = harvest(Judgements(database).everybodys())
-    finally:
-        database.close()
+    found = read(place)
     records: list[Record] = list(getattr(found, FORMATS[format].of))
     sides: tuple[list[str], list[str]] = ([], [])
     left_out = Counter(found.left_out)
