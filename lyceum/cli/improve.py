@@ -37,7 +37,7 @@ CLOSED = "improve.json"  # of one of them: what came of it; only a closed one ha
 METHODS: Mapping[str, tuple[str, ...]] = {"dpo": ("preference",), "ppo": ("reward", "ppo")}
 OFFERS = ("better", "always", "never")
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # for some hundreds of rankings, where the recipe has no such section
-    "preference": {"epochs": 3, "nll": 0.1},
+    "preference": {"epochs": 3, "nll": 0.1, "lr": 3e-4},
     "reward": {"epochs": 2},
     "ppo": {},
 }

@@ -65,7 +65,8 @@ def harvest(judgements: Iterable[Judgement]) -> Harvest:
         words = json_line([one.owner, one.kind, one.prompt and one.prompt.to_json(), texts, verdict])
         if last[_target(one)] != one.id:
             found.left_out["superseded"] += 1
-        elif not one.consent:
+            continue  # it says nothing any more: who says the same again is not repeating it
+        if not one.consent:
             found.left_out["no_consent"] += 1
         elif one.prompt is None:
             found.left_out["no_prompt"] += 1

@@ -92,7 +92,7 @@ def test_judgements_are_split_by_prompt_as_an_export_is(run: Path, tmp_path: Pat
     parts = {part: list(read_rankings(work.folder.path / f"{part}.jsonl")) for part in ("train", "valid")}
     for part, rows in parts.items():
         assert all(is_held_out(row.prompt, 0.4) is (part == "valid") for row in rows)
-        assert report[part]["rankings"] == len(rows) > report[part]["prompts"]
+        assert report[part]["rankings"] == len(rows) >= report[part]["prompts"] > 0
     assert (
         sum(map(len, parts.values())) == 32 and report["left_out"] == {"no_consent": 3} and report["judgements"] == 35
     )
