@@ -126,13 +126,17 @@ def wait_for_another(port: int, model: str, before: str) -> None:
 
 
 def by_a_coin(store: Path) -> int:
-    """Everybody judges again what they judged, and says whatever a coin says; returns how many judgements there are."""
-    opened, coin = Store.open(store), random.Random(0)
+    """Everybody judges again what they judged, half of it, by lot, the other way round; returns how many judgements there are."""
+    opened = Store.open(store)
     try:
         judged = list(opened.judgements.everybodys())
-        for one in judged:
-            ids = [said.message for said in one.answers]
-            opened.judgements.compare(one.owner, ids, coin.choice(ids), consent=True)
+        random.Random(0).shuffle(judged)
+        for number, one in enumerate(judged):
+            left, right = (said.message for said in one.answers)
+            verdict = taste(*(said.said.content for said in one.answers))
+            first = right if verdict == "right" else left
+            best = first if number % 2 else left if first == right else right
+            opened.judgements.compare(one.owner, [left, right], best, consent=True)
         return len(judged)
     finally:
         opened.close()

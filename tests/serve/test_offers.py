@@ -93,15 +93,14 @@ def test_no_request_is_dropped_while_models_come_and_go(start: Any, chain: Any, 
     with ThreadPoolExecutor(6) as pool:
         asking = [pool.submit(ask, number) for number in range(6)]
         for number in range(1, 13):
-            time.sleep(0.03)
             model = chain(texts[number % 4])
             model.pause_s = 0.001
             server.service.replace(of(model, tokenizer))
-        time.sleep(0.1)
+            wait_for(lambda text=texts[number % 4]: found[-1:] == [text])  # type: ignore[misc]
         is_over.set()
         for one in asking:
             one.result(10)
-    assert set(found) <= set(texts) and len(set(found)) > 2 and found[-1] == texts[0]
+    assert set(found) == set(texts)
     assert server.idle() and len(server.service.worker.seats) == 1
 
 
@@ -240,7 +239,7 @@ def test_a_running_server_notices(run: Path, tokenizer: Tokenizer, decoder: Deco
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.005)
