@@ -36,8 +36,8 @@ ROUNDS = "improve"  # the folder of all improvements of a run
 CLOSED = "improve.json"  # of one of them: what came of it; only a closed one has it
 METHODS: Mapping[str, tuple[str, ...]] = {"dpo": ("preference",), "ppo": ("reward", "ppo")}
 OFFERS = ("better", "always", "never")
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # for some hundreds of rankings, where the recipe has no such section
-    "preference": {"epochs": 3, "nll": 0.1, "lr": 3e-4},
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # for some hundreds of rankings and a few million weights
+    "preference": {"epochs": 4, "nll": 0.1, "lr": 1e-3},
     "reward": {"epochs": 2},
     "ppo": {},
 }
