@@ -2,6 +2,7 @@
 
     name = "demo"            # the run's folder; by default the file's name
     seed = 1
+    within = "runs/demo"     # a run whose finished sections stand in for those that this recipe needs and lacks
     rounds = 2               # rankings and what learns from them once more, of the newest policy: rankings-2, reward-2, ppo-2
 
     [model]                  # the model's shape, read by the stage that makes one
@@ -192,7 +193,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One whole assistant: sections in the order in which they run, the model's table, the seed, how it is watched and spread."""
+    """One whole assistant: sections in the order in which they run, the model's table, the seed, how it is watched and spread.
+
+    within: a run whose finished sections stand in for those that this recipe needs and lacks.
+    """
 
     name: str
     seed: int
@@ -201,6 +205,7 @@ class Recipe:
     path: Path
     watch: dict[str, Any] = dataclasses.field(default_factory=dict)
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    within: str = ""
 
     def section(self, name: str) -> Section | None:
         """The section of that name."""
@@ -280,10 +285,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         path=path,
         watch=dict(tables.get("watch", {})),
         machine=dict(tables.get("machine", {})),
+        within=_fit(tables.get("within", ""), str, f"{path}: within"),
     )
 
 
-WHOLE = ("name", "seed", "rounds")  # settings of the whole recipe
+WHOLE = ("name", "seed", "within", "rounds")  # settings of the whole recipe
 TABLES = ("model", "watch", "machine")  # headers that make no section
 # The kinds that `rounds` repeats, with what they do in a later round unless the recipe says otherwise.
 ROUND: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
     runs/<name>/
       recipe.toml      every value, as resolved            manifest.json   code, machine, threads, packages, seeds
       run.lock         one process at a time               old/            what a changed recipe replaced
+      offer.json       the checkpoint that is to be served in place of the run's own, once `lyceum improve` has made one
       <section>/       a StageFolder; its state.json: from what it was made, whether it is finished, how long it took
 
 Every file is written under a temporary name and renamed, so a reader sees the old file or the new one, never half of
@@ -377,6 +378,45 @@ def timed(folder: StageFolder, begun: State) -> Iterator[None]:
     over.set()
     clock.join()
     write(finished=True)
+
+
+# -------------------------------------------------------------------------------- what is served in place of its own
+
+OFFER = "offer.json"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A checkpoint that a run gives in place of its own: those who serve it take it up, and `lyceum chat` talks to it.
+
+    checkpoint: its folder, within the run's. section, key: the section of the run that all of it goes back to, and that
+    section's key then; with another key the run has been made anew since, and the offer is passed over. made: when.
+    """
+
+    checkpoint: str
+    section: str
+    key: str
+    made: str
+
+
+def read_offer(path: Path) -> Offer | None:
+    """The offer of the run in `path`; None if there is none that can be read."""
+    try:
+        return Offer(**json.loads((path / OFFER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def offered(path: Path) -> tuple[Path | None, str]:
+    """The checkpoint that the run in `path` offers in place of its own, or None and why what it offers is passed over."""
+    offer = read_offer(path)
+    if offer is None:
+        return None, f"{path / OFFER} cannot be read" if (path / OFFER).exists() else ""
+    if read_manifest(path).get("keys", {}).get(offer.section, offer.key) != offer.key:
+        return None, f"{offer.checkpoint} was improved from what {offer.section} was before the recipe changed"
+    if not (path / offer.checkpoint / "config.json").is_file():
+        return None, f"{offer.checkpoint}, which it offers, is not there"
+    return path / offer.checkpoint, ""
 
 
 # -------------------------------------------------------------------------------- what the code was

@@ -19,12 +19,16 @@ from lyceum import run as run_module
 from lyceum.config import Recipe
 from lyceum.errors import ResourceError, RunError
 from lyceum.run import (
+    OFFER,
+    Offer,
     Run,
     StageFolder,
     State,
     fresh_folder,
     mend,
+    offered,
     package_versions,
+    read_offer,
     read_state,
     timed,
     write_json,
@@ -263,3 +267,18 @@ def test_a_closed_run_can_be_opened_again_in_the_same_process(tmp_path: Path) ->
 
 def test_versions_of_what_decides_the_numbers_are_known() -> None:
     assert {"torch", "numpy"} <= package_versions().keys()
+
+
+def test_an_offer_stands_as_long_as_what_it_goes_back_to_and_its_folder(tmp_path: Path) -> None:
+    assert offered(tmp_path) == (None, "") and read_offer(tmp_path) is None
+    offer = Offer("improve/1/preference/checkpoint", "ppo", "k1", "now")
+    write_json(tmp_path / OFFER, vars(offer))
+    assert read_offer(tmp_path) == offer and "is not there" in offered(tmp_path)[1]
+    write_json(tmp_path / offer.checkpoint / "config.json", {})
+    assert offered(tmp_path) == (tmp_path / offer.checkpoint, "")
+    write_json(tmp_path / "manifest.json", {"keys": {"ppo": "k1"}})
+    assert offered(tmp_path)[0] is not None
+    write_json(tmp_path / "manifest.json", {"keys": {"ppo": "k2"}})
+    assert offered(tmp_path)[0] is None and "before the recipe changed" in offered(tmp_path)[1]
+    (tmp_path / OFFER).write_text("{")
+    assert offered(tmp_path)[0] is None and "cannot be read" in offered(tmp_path)[1]

@@ -27,7 +27,7 @@ from lyceum import device
 from lyceum.cli.kinds import CAN_CHAT
 from lyceum.config import Recipe, load_recipe
 from lyceum.errors import CheckpointError, LyceumError, RunError, UsageError, did_you_mean
-from lyceum.run import StageFolder, read_manifest, read_state
+from lyceum.run import StageFolder, offered, read_manifest, read_state
 
 if TYPE_CHECKING:
     from lyceum.engine.session import Session
@@ -99,14 +99,17 @@ def chat(
 # -------------------------------------------------------------------------------- which model
 
 
-def find_checkpoint(path: Path, stage: str = "") -> Choice:
-    """The checkpoint meant by `path`: itself, a section's, or the one of a run's last stage that talks."""
+def find_checkpoint(path: Path, stage: str = "", *, takes_offer: bool = True) -> Choice:
+    """The checkpoint meant by `path`: itself, a section's, or of a run the one that it offers, else its last stage that talks.
+
+    takes_offer: False leaves out what `lyceum improve` has made; so does naming a stage.
+    """
     if not path.exists():
         beside = Path("runs") / path
         hint = f"did you mean {beside}?" if beside.is_dir() else "make one first: lyceum run demo"
         raise RunError(f"there is no run or checkpoint {path}", hint=hint)
     if (path / "recipe.toml").is_file():
-        return _of_run(path, stage)
+        return _of_run(path, stage, takes_offer)
     if stage:
         raise UsageError(f"{path} is not a run's folder, so it has no stage {stage!r}", hint="leave out --stage")
     if (path / "config.json").is_file():
@@ -116,7 +119,7 @@ def find_checkpoint(path: Path, stage: str = "") -> Choice:
     raise CheckpointError(f"{path} is neither a run nor a checkpoint", hint="a checkpoint's folder has a config.json")
 
 
-def _of_run(path: Path, stage: str) -> Choice:
+def _of_run(path: Path, stage: str, takes_offer: bool) -> Choice:
     recipe = load_recipe(path / "recipe.toml")
     if stage:
         names = [section.name for section in recipe.sections if stage in (section.name, section.kind)]
@@ -131,8 +134,11 @@ def _of_run(path: Path, stage: str) -> Choice:
                 f"{name} of {path} has no checkpoint", hint="finish it: lyceum run, or choose another --stage"
             )
         return _choice(path, recipe, name, "as you chose")
+    improved, why = offered(path) if takes_offer else (None, "")
+    if improved is not None:
+        return Choice(improved, f"the improved model ({improved})")
     keys = read_manifest(path).get("keys", {})
-    passed_over = []
+    passed_over = [why] if why else []
     for name in _talking(recipe):
         state = read_state(path / name)
         if state is None or not state.finished:
@@ -199,7 +205,10 @@ def find_about(choice: Choice, info: dict[str, Any]) -> dict[str, Any]:
     """What the model studied: from its checkpoint, else from the lessons of its run; empty for a foreign checkpoint."""
     if info.get("about"):
         return dict(info["about"])
-    for report in sorted(choice.checkpoint.parent.parent.glob("*/report.json")):
+    # an improved model's lessons are those of the run that it stands within
+    folders = choice.checkpoint.resolve().parents
+    runs = [choice.checkpoint.parent.parent, *(folder for folder in folders if (folder / "recipe.toml").is_file())]
+    for report in (file for folder in runs for file in sorted(folder.glob("*/report.json"))):
         try:
             about = json.loads(report.read_text(encoding="utf-8")).get("about")
         except (OSError, ValueError, AttributeError):

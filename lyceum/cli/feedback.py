@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from lyceum.errors import UsageError
 
 
-def export(place: str, to: str, format: str, held_out: float) -> str:
-    """Write the feedback of a run or a store; returns what was done, for a person.
-
-    Raises:
-        UsageError: the packages of the service are not installed; whatever `lyceum.serve.feedback.export` raises.
-    """
+def reader() -> ModuleType:
+    """The module that reads a store's feedback. Raises UsageError where the packages of the service are not installed."""
     try:
         from lyceum.serve import feedback
     except ModuleNotFoundError as error:
@@ -19,6 +17,16 @@ def export(place: str, to: str, format: str, held_out: float) -> str:
         raise UsageError(
             "a store needs SQLAlchemy, which is not installed", hint="pip install 'lyceum[serve]'"
         ) from None
+    return feedback
+
+
+def export(place: str, to: str, format: str, held_out: float) -> str:
+    """Write the feedback of a run or a store; returns what was done, for a person.
+
+    Raises:
+        UsageError: the packages of the service are not installed; whatever `lyceum.serve.feedback.export` raises.
+    """
+    feedback = reader()
     done = feedback.export(place, to, format, held_out=held_out)
     lines = [f"{done.num_judgements} judgements, {done.num_records} {feedback.FORMATS[format].of}"]
     lines.append(f"{done.path}: {done.num_rows} rows")

@@ -51,10 +51,11 @@ def _from(role: str, *kinds: str, needed: bool | Callable[[Any], bool] = True) -
 
 SHAPED = ("preference", "ppo", "tamer", "grpo")  # kinds whose policy has learned what is liked
 POLICIES = ("sft", *SHAPED)  # kinds whose policy answers
+RANKED = ("rankings", "judgements")  # who puts answers in order: a written rule, or people
 
 ON_POLICY = (  # what a policy that learns from its own samples starts from, besides itself
     _from("reward", needed=lambda config: not config.rewards or "model" in config.rewards),
-    _from("lessons"),
+    _from("lessons", "lessons", "judgements"),
     _from("pretrain", needed=lambda config: config.ptx_coef > 0),
 )
 
@@ -95,18 +96,23 @@ KINDS: dict[str, Kind] = {
             Input("earlier", ("rankings",), only_if="cumulative"),
         ),
     ),
+    "judgements": Kind(
+        "read what people said about answers, as rankings to learn from and to judge by",
+        "lyceum.cli.judgements",
+        "JudgementsConfig",
+    ),
     "reward": Kind(
         "stage 3: learn to tell the better answer",
         "lyceum.stages.reward",
         "RewardConfig",
-        (_from("policy", "sft"), _from("rankings", needed=lambda config: not config.data)),
+        (_from("policy", "sft"), _from("rankings", *RANKED, needed=lambda config: not config.data)),
         every_rank=True,
     ),
     "preference": Kind(
         "learn which answer is better, without a reward model (DPO and its kin)",
         "lyceum.stages.preference",
         "PreferenceConfig",
-        (_from("policy", "sft"), _from("rankings", needed=False)),
+        (_from("policy", "sft"), _from("rankings", *RANKED, needed=False)),
         every_rank=True,
     ),
     "select": Kind(
@@ -135,6 +141,16 @@ KINDS: dict[str, Kind] = {
         "GRPOConfig",
         (_from("policy", "sft", "ppo", "tamer", "grpo"), *ON_POLICY),
         every_rank=True,
+    ),
+    "compare": Kind(
+        "compare a model with the one it started from, on judgements that it has not seen",
+        "lyceum.evals.compare",
+        "CompareConfig",
+        (
+            _from("policy", *POLICIES),
+            _from("rankings", *RANKED),
+            _from("reward", needed=False),
+        ),
     ),
     "eval": Kind(
         "ask the held-out questions",

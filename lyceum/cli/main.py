@@ -9,6 +9,7 @@
     lyceum models runs/demo             its models: which comes from which, and what each learned from
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
     lyceum feedback export runs/demo --to rankings.jsonl    what people said about its answers, to learn from
+    lyceum improve runs/demo            learn from it, and offer the better model to who serves the run
     lyceum lab overoptimisation         how far a policy may follow a reward model
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
@@ -122,6 +123,9 @@ def make_parser() -> Parser:
     export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
     export.set_defaults(do=_feedback_export)
     _keys_options(_verb(verbs, "keys", "who may ask a server: make keys, list, rename and revoke them"))
+    improve = _verb(verbs, "improve", "learn from what people said about a run's answers, and offer the next model")
+    _improve_options(improve)
+    improve.set_defaults(do=_improve)
     lab = _verb(verbs, "lab", "run an experiment on models of its own: overoptimisation")
     lab.add_argument("experiment", choices=["overoptimisation"], help="which (Gao et al. 2022: gold score against KL)")
     lab.add_argument(
@@ -208,17 +212,29 @@ def _keys_options(parser: Parser) -> None:
             verb.add_argument("--owner", default="", help="whose chats it opens (default: its own)")
 
 
+def _improve_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("path", metavar="RUN", help="a run's folder")
+    add(
+        "--method",
+        default="dpo",
+        help="dpo (default): the policy learns from rankings; ppo: from a reward model of them",
+    )
+    add("--offer", default="better", help="when it is to be served: better (default: if shown to be so), always, never")
+    add("--store", default="", metavar="PLACE", help="where the judgements are (default: in the run)")
+    add("--held-out", type=float, default=0.2, metavar="SHARE", help="of the prompts, to compare by (default 0.2)")
+    add("--least", type=int, default=40, metavar="N", help="prompts with a ranking that it takes (default 40)")
+    _override_option(parser, "change a setting of the improvement, such as preference.lr; may be given more than once")
+
+
 def _recipe_options(parser: Parser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's .toml file, or the name of a packaged one (demo)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change a setting of the recipe; may be given more than once",
-    )
+    _override_option(parser, "change a setting of the recipe; may be given more than once")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs live (default: runs)")
+
+
+def _override_option(parser: Parser, help: str) -> None:
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help=help)
 
 
 def settings_help(kind: str) -> str:
@@ -326,6 +342,21 @@ def _keys_change(args: argparse.Namespace) -> None:
     from lyceum.cli import keys
 
     print(keys.change(args.path, args.deed, args.id, getattr(args, "name", "")))
+
+
+def _improve(args: argparse.Namespace) -> None:
+    from lyceum.cli import improve
+
+    done = improve.improve(
+        args.path,
+        method=args.method,
+        offer=args.offer,
+        store=args.store,
+        held_out=args.held_out,
+        least=args.least,
+        overrides=args.overrides,
+    )
+    print(done)
 
 
 def _lab(args: argparse.Namespace) -> None:

@@ -168,7 +168,9 @@ def _reward(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Step],
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": terms, "loss": "score"}
     state["recompute"] = _recomputes(recipe)
     memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
-    if config.data or "rankings" not in step.inputs:  # files of somebody's: not known until they are read
+    if config.data or not _is_counted(
+        step, by_name
+    ):  # files or judgements of somebody's: not known until they are read
         return Need(step.name, "reward", spec, *memory)
     rankings, example = by_name[step.inputs["rankings"]].config, _example(spec)
     prompts = round(rankings.prompts * (1 - rankings.valid_share))
@@ -184,7 +186,9 @@ def _preference(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.St
     state = {"matrix_lr": config.matrix_lr, "ema": config.ema, "num_terms": 2 if chosen.nll else 1, "loss": "chosen"}
     state |= {"recompute": _recomputes(recipe), "lora_rank": config.lora_rank}
     memory = _both(lambda size: [_training_memory(spec, config.micro_tokens, size, **state)])
-    if config.data or "rankings" not in step.inputs:  # a file of somebody's: not known until it is read
+    if config.data or not _is_counted(
+        step, by_name
+    ):  # a file or judgements of somebody's: not known until they are read
         return Need(step.name, "preference", spec, *memory)
     rankings, example = by_name[step.inputs["rankings"]].config, _example(spec)
     prompts = round(rankings.prompts * (1 - rankings.valid_share))
@@ -204,9 +208,8 @@ def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Ste
     learned = {"lora_rank": config.lora_rank, "train_layers": config.train_layers}
     num_judges = _judges(step, by_name) if not config.rewards or "model" in config.rewards else 0
     terms = 2 + bool(config.ptx_coef)  # the policy's, and the critic's or the KL
-    text_row = (
-        by_name[step.inputs["pretrain"]].config.row_tokens if config.ptx_coef and "pretrain" in step.inputs else 0
-    )
+    text = by_name.get(step.inputs.get("pretrain", "")) if config.ptx_coef else None
+    text_row = text.config.row_tokens if text is not None else 0
 
     def models(size: int) -> list[Memory]:
         both = {"num_terms": terms, "ema": config.ema, "recompute": _recomputes(recipe)}
@@ -223,18 +226,25 @@ def _on_policy(recipe: Recipe, step: river.Step, by_name: Mapping[str, river.Ste
     count = config.iterations * config.epochs * config.minibatches
     episodes = config.iterations * config.episodes * example
     episodes_a_step = config.episodes / config.minibatches
-    text = count * max(1, round(config.ptx_rows * episodes_a_step)) * text_row
+    num_text = count * max(1, round(config.ptx_rows * episodes_a_step)) * text_row
     forward = spec.flops_per_token(example) / 3
     # an episode is sampled, read by policy and reference, by judge and critic; then policy and critic learn from it
     passes = 3 + num_judges + has_critic
-    flops = episodes * forward * (passes + (1 + has_critic) * 3 * config.epochs) + 3 * forward * text
-    tokens = config.epochs * episodes + text
+    flops = episodes * forward * (passes + (1 + has_critic) * 3 * config.epochs) + 3 * forward * num_text
+    tokens = config.epochs * episodes + num_text
     return Need(step.name, step.section.kind, spec, *_both(models), tokens=tokens, steps=count, flops=flops)
+
+
+def _is_counted(step: river.Step, by_name: Mapping[str, river.Step]) -> bool:
+    """Whether the recipe says how many rankings the section learns from."""
+    source = by_name.get(step.inputs.get("rankings", ""))
+    return source is not None and source.section.kind == "rankings"
 
 
 def _judges(step: river.Step, by_name: Mapping[str, river.Step]) -> int:
     """Members of the reward model that the section starts from."""
-    return by_name[step.inputs["reward"]].config.members if "reward" in step.inputs else 1
+    judge = by_name.get(step.inputs.get("reward", ""))
+    return judge.config.members if judge is not None else 1
 
 
 def _recomputes(recipe: Recipe) -> bool:

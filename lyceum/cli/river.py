@@ -55,7 +55,7 @@ from lyceum.train.machine import machine_config
 from lyceum.train.watch import watch_config
 
 REPORT = "lyceum.evals.report"
-SHOWN = {"eval", "reward"}  # kinds of sections that have a part of the page to themselves
+SHOWN = {"eval", "reward", "compare"}  # kinds of sections that have a part of the page to themselves
 
 # -------------------------------------------------------------------------------- the plan
 
@@ -117,7 +117,7 @@ def remembered(recipe: Recipe, path: Path) -> list[Step] | None:
     steps: list[Step] = []
     for section in recipe.sections:
         kind = KINDS[section.kind]
-        inputs = _find_inputs(section, kind, None, steps, _where(section, recipe))  # it was valid when it was recorded
+        inputs = _find_inputs(section, kind, None, steps, recipe)  # it was valid when it was recorded
         steps.append(Step(section, kind, None, inputs, 0, manifest["keys"][section.name]))
     return steps
 
@@ -131,7 +131,7 @@ def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     kind, where = KINDS[section.kind], _where(section, recipe)
     module = importlib.import_module(kind.module)
     config = build(getattr(module, kind.config), section.settings, where)
-    inputs = _find_inputs(section, kind, config, earlier, where)
+    inputs = _find_inputs(section, kind, config, earlier, recipe)
     seed = int.from_bytes(hashlib.blake2b(f"{recipe.seed}/{section.name}".encode(), digest_size=4).digest(), "big")
     keys = {step.name: step.key for step in earlier}
     made_from = {
@@ -147,8 +147,9 @@ def _resolve(section: Section, recipe: Recipe, earlier: Sequence[Step]) -> Step:
     return Step(section, kind, config, inputs, seed, key)
 
 
-def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[Step], where: str) -> dict[str, str]:
-    """Role -> name of the nearest earlier section that can play it."""
+def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[Step], recipe: Recipe) -> dict[str, str]:
+    """Role -> name of the nearest earlier section that can play it, or the folder of what plays it from elsewhere."""
+    where = _where(section, recipe)
     if section.source and POLICY not in {wanted.role for wanted in kind.inputs}:
         raise ConfigError(f"{where}: a {section.kind} section starts from no model", hint="leave out 'from'")
     inputs = {}
@@ -173,10 +174,24 @@ def _find_inputs(section: Section, kind: Kind, config: Any, earlier: Sequence[St
             if wanted.every:
                 inputs |= {f"{wanted.role}:{name}": name for name in fitting[:-1]}
         elif wanted.needed is True or (config is not None and callable(wanted.needed) and wanted.needed(config)):
+            if (outside := _of_other_run(recipe.within, wanted.kinds)) is not None:
+                inputs[wanted.role] = str(outside)
+                continue
             raise ConfigError(
                 f"{where} needs an earlier section of kind {kinds}", hint=f"add [{wanted.kinds[0]}] before {where}"
             )
     return inputs
+
+
+def _of_other_run(within: str, kinds: Sequence[str]) -> Path | None:
+    """The folder of the last finished section of these kinds in the run that a recipe stands within; None if there is none."""
+    path = Path(within)
+    if not within or not (path / "recipe.toml").is_file():
+        return None
+    names = [section.name for section in load_recipe(path / "recipe.toml").sections if section.kind in kinds]
+    states = {name: read_state(path / name) for name in names}
+    finished = [name for name, state in states.items() if state is not None and state.finished]
+    return (path / finished[-1]).resolve() if finished else None
 
 
 def _shared_start(section: Section, earlier: Sequence[Step]) -> str:
@@ -395,6 +410,7 @@ def _close(run: Run, recipe: Recipe, steps: Sequence[Step], redraw: bool = True)
 def record(run: Run, recipe: Recipe, steps: Sequence[Step]) -> None:
     """Write the recipe as resolved and the manifest; warn if an unfinished run goes on under other conditions."""
     tables: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed}
+    tables |= {"within": recipe.within} if recipe.within else {}
     tables |= {name: table for name in TABLES if (table := getattr(recipe, name))}
     for step in steps:
         kind, name = step.section.kind, step.name

@@ -1,7 +1,8 @@
 """``lyceum serve runs/demo``: the API and the chat page over one model or several, until Ctrl-C.
 
 The model is named after its run's folder, or as ``--model name=path`` says, which may be given more than once. What is
-served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`). The page's conversations are kept in the first
+served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`); what `lyceum improve` offers of a run takes its
+place, at the start and while the server runs, unless ``--stage`` names a section. The page's conversations are kept in the first
 run's folder, or where ``--store`` says; the keys that it asks for are there too (`lyceum.cli.keys`).
 
 It only finds folders and hands them over: the server is `lyceum.serve.server`.
@@ -28,10 +29,13 @@ def serve(args: argparse.Namespace) -> None:
     from lyceum.cli.chat import find_about, find_checkpoint
 
     choices: dict[str, Choice] = {}
+    runs: dict[str, Path] = {}
     for name, path in named(args.path, args.model):
         if name in choices:
             raise UsageError(f"two models are named {name!r}", hint="name them apart: --model NAME=PATH")
-        choices[name] = find_checkpoint(path, args.stage)
+        choices[name] = find_checkpoint(path, args.stage, takes_offer=False)
+        if (path / "recipe.toml").is_file() and not args.stage:
+            runs[name] = path
     folders = {name: choice.checkpoint for name, choice in choices.items()}
     first = next(iter(choices.values()))
     device.prepare("serve")  # before torch is imported
@@ -58,14 +62,19 @@ def serve(args: argparse.Namespace) -> None:
         private_key=args.private_key,
         store=args.store or str(run_folder(first.checkpoint)),
         about=find_about(first, saved_info(first.checkpoint)),
+        runs=runs,
         limits=limits,
     )
     run(folders, config)
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The run that a checkpoint belongs to, whose store the conversations go to; of one from elsewhere, its own folder."""
-    return next((folder for folder in checkpoint.resolve().parents if (folder / "recipe.toml").is_file()), checkpoint)
+    """The run that a checkpoint belongs to, whose store the conversations go to; of one from elsewhere, its own folder.
+
+    Of an improvement, which is a run within a run, it is the outer one.
+    """
+    runs = [folder for folder in checkpoint.resolve().parents if (folder / "recipe.toml").is_file()]
+    return runs[-1] if runs else checkpoint
 
 
 def saved_info(checkpoint: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from lyceum.config import Recipe
-from lyceum.evals import reward_page
+from lyceum.evals import compare_page, reward_page
 from lyceum.evals.plots import curve
 from lyceum.log import read_metrics, show_time
 from lyceum.run import read_state, write_json, write_text
@@ -363,6 +363,7 @@ def _page(
         "<h2>Held-out questions</h2>" + _table(result) + _changes(result) if result["rows"] else "",
         _rounds(result, sections, reports),
         _open_book(result),
+        *(compare_page.section(name, reports[name]) for name, kind in sections.items() if kind == "compare"),
         *(reward_page.section(name, reports[name]) for name, kind in sections.items() if kind == "reward"),
         _side_by_side(examples),
         _transcript(examples),

@@ -2,11 +2,12 @@
 
 Rows: the base model; the fine-tuned ones; best-of-n by the reward model, where there is one; then what has learned from
 preferences or rewards (DPO, PPO, GRPO, TAMER+RL), of every round, each named by its section. Every row answers every question
-once, greedily, but best-of-n, which draws n answers at temperature 1 and keeps the one the reward model scores highest. They come
-from the *start*, the fine-tuned model that the last of those policies began as (without such a policy: the first fine-tuned
-one). KL of a policy counts from the fine-tuned model that it began as itself, that of the others from the start. Intervals are bootstrap intervals over questions of this one run; `bench/demo_seeds.py` pools
-runs of several seeds from the outcomes written here. Writes `outcomes.jsonl` (one line a question and row: the answer and
-what it was graded) and `examples.json` (one prompt through every model; the first questions of the shuffled list, unchosen).
+once, greedily, but best-of-n, which draws n answers at temperature 1 and keeps the one the reward model scores highest. They
+come from the *start*, the fine-tuned model that the last of those policies began as (without such a policy: the first
+fine-tuned one). KL of a policy counts from the fine-tuned model that it began as itself, that of the others from the start.
+Intervals are bootstrap intervals over questions of this one run; `bench/demo_seeds.py` pools runs of several seeds from the
+outcomes written here. Writes `outcomes.jsonl` (one line a question and row: the answer and what it was graded) and
+`examples.json` (one prompt through every model; the first questions of the shuffled list, unchosen).
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def harvest(judgements: Iterable[Judgement]) -> Harvest:
         words = json_line([one.owner, one.kind, one.prompt and one.prompt.to_json(), texts, verdict])
         if last[_target(one)] != one.id:
             found.left_out["superseded"] += 1
-        elif not one.consent:
+            continue  # it says nothing any more: who says the same again is not repeating it
+        if not one.consent:
             found.left_out["no_consent"] += 1
         elif one.prompt is None:
             found.left_out["no_prompt"] += 1
@@ -75,6 +76,22 @@ def harvest(judgements: Iterable[Judgement]) -> Harvest:
             found.left_out[reason] += 1
         seen.add(words)
     return found
+
+
+def read(place: str | Path) -> Harvest:
+    """All judgements of a store, as records.
+
+    Args:
+        place: a run's folder, a store's file, or a URL.
+
+    Raises:
+        StoreError: no store is there.
+    """
+    database = Database.open(place, must_exist=True)
+    try:
+        return harvest(Judgements(database).everybodys())
+    finally:
+        database.close()
 
 
 def _target(one: Judgement) -> tuple[str, str, frozenset[str]]:
@@ -269,11 +286,7 @@ def export(place: str | Path, to: str | Path, format: str = "rankings", *, held_
     path = Path(to)
     if path.suffix != ".jsonl" or not 0 <= held_out < 1:
         raise UsageError(f"cannot hold out {held_out} of {path}", hint="--to FILE.jsonl, --held-out from 0 to below 1")
-    database = Database.open(place, must_exist=True)
-    try:
-        found = harvest(Judgements(database).everybodys())
-    finally:
-        database.close()
+    found = read(place)
     records: list[Record] = list(getattr(found, FORMATS[format].of))
     sides: tuple[list[str], list[str]] = ([], [])
     left_out = Counter(found.left_out)

@@ -17,7 +17,8 @@
 | GET /api/account/export; POST /api/account/import; DELETE /api/account | all of somebody's data (`lyceum.serve.accounts`) |
 
 Every object is read by its owner, who is the caller that the guard found; another's is not there (404). The store blocks, so
-it is asked from threads. Two answers to be compared carry `pair` and `side` in their parameters: sides are drawn by lot.
+it is asked from threads. Two answers to be compared carry `pair` and `side` in their parameters: sides are drawn by lot; every
+answer carries `checkpoint`, the fingerprint of what wrote it.
 
 What it is not: the page's looks (the files under `lyceum/serve/web`), or the store.
 """
@@ -312,6 +313,7 @@ class Desk:
                 job, prompt = await self.open(caller, name, thread.about.system, path, parameters)
                 if len(names) == 2:
                     parameters |= {"pair": pair, "side": ("left", "right")[place]}
+                parameters["checkpoint"] = job.served.fingerprint  # a name outlives its model
                 opened.append((job, prompt, parameters))
             parent = path[-1].id
             if says:

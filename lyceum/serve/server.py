@@ -28,6 +28,7 @@ from lyceum.errors import UsageError
 from lyceum.serve.app import make_app
 from lyceum.serve.limits import MIN_KEY, Limits
 from lyceum.serve.models import load
+from lyceum.serve.offers import Offers
 from lyceum.serve.pages import pages
 from lyceum.serve.porter import Porter
 from lyceum.serve.service import Service
@@ -44,7 +45,8 @@ class ServerConfig:
     host, port: 0 takes any free port. api_key: one key for everything, beside those of the store. allow_host, allow_origin: names
     and sites beyond this machine's own. max_batch: replies made side by side, of each model. certificate, private_key: PEM
     files, for TLS. store: where conversations and judgements are kept, as `lyceum.serve.database` has it; without one there is no
-    chat page. about: what the models studied and what to ask them, which the page shows.
+    chat page. about: what the models studied and what to ask them, which the page shows. runs: name -> the run
+    whose offers that model follows (`lyceum.serve.offers`).
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +59,7 @@ class ServerConfig:
     private_key: str = ""
     store: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+    runs: Mapping[str, Path] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
 
     def porter(self, store: Store | None) -> Porter:
@@ -98,8 +101,14 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         porter = config.porter(store)
         listening = listen(config.host, config.port)
         at_the_end.callback(listening.close)
-        served = [load(name, folder, max_batch=config.max_batch) for name, folder in models.items()]
+        offers = Offers({name: (run, Path(models[name])) for name, run in config.runs.items()}, config.max_batch)
+        served = [
+            offers.first(name) if name in config.runs else load(name, folder, max_batch=config.max_batch)
+            for name, folder in models.items()
+        ]
         service = Service(served, limits=config.limits)
+        offers.follow(service)
+        at_the_end.callback(offers.close)
         hosts = (*config.allow_host, config.host) if not is_any(config.host) else config.allow_host
         routers = []
         if store is not None:

@@ -62,6 +62,14 @@ class Service:
             raise Refusal(404, f"The model {name!r} does not exist; {hint}", param="model", code="model_not_found")
         return self.models[name]
 
+    def replace(self, served: Served) -> None:
+        """Put another model under its name: who asks from now on is answered by it, what is under way ends with the old one.
+
+        From any thread. Raises KeyError where there is no model of that name.
+        """
+        old, self.models[served.name] = self.models[served.name], served
+        self.worker.replace(old.seat, served.seat)
+
     async def open(
         self,
         served: Served,

@@ -8,6 +8,8 @@ The thread turns like this: do what was asked meanwhile (new requests, cancellat
 work make one step, then tell the event loop what came of it, once for everybody. So a request that is cancelled leaves its
 engine before the next step, and an engine is never touched by two threads. JSON, text and HTTP stay on the other side.
 
+An engine can be replaced by one of another model while it runs: it makes the replies that it has begun, and leaves.
+
 A step that fails ends the requests of its engine, with the error, and nobody else's; if the engine cannot let them go, a
 fresh one of the same model stands in its place.
 
@@ -57,12 +59,14 @@ class Seat:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.live: dict[int, tuple[Ticket, int]] = {}  # request -> whose it is, and which of theirs
+        self.is_leaving = False  # another has its place; it goes once its last reply has ended
 
 
 @dataclass(eq=False)
 class Ticket:
     """Requests to one engine that belong together. An async iterator of their news, which ends when all are finished."""
 
+    worker: Worker
     seat: Seat
     wanted: Sequence[tuple[Sequence[int], SamplingParams]]
     key: str
@@ -78,7 +82,6 @@ class Ticket:
     _is_closed: bool = False
     _waiter: asyncio.Future[None] | None = None
     ids: dict[int, int] = field(default_factory=dict)  # engine's id -> tokens told; the worker's own
-    cancel: Callable[[], None] = lambda: None  # give up: nothing more comes
 
     async def accepted(self) -> None:
         """Wait until the engine has taken all of it. Raises what it said if it did not."""
@@ -106,6 +109,11 @@ class Ticket:
                     return
                 await self._wait()
             yield self._news.popleft()
+
+    def cancel(self) -> None:
+        """Give up: nothing more comes."""
+        self.close()
+        self.worker.drop(self)
 
     def close(self) -> None:
         """Wake whoever waits: nothing more comes."""
@@ -171,15 +179,13 @@ class Worker:
     ) -> Ticket:
         """Ask for replies; see `Engine.add` for key and is_background."""
         loop = asyncio.get_running_loop()
-        ticket = Ticket(seat, wanted, key, is_background, follows, wants_scores, loop, num_left=len(wanted))
-
-        def cancel() -> None:
-            ticket.close()
-            self._ask(lambda: self._drop(ticket))
-
-        ticket.cancel = cancel
+        ticket = Ticket(self, seat, wanted, key, is_background, follows, wants_scores, loop, num_left=len(wanted))
         self._ask(lambda: self._add(ticket))
         return ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """Let go of what a ticket asked for, before the next step."""
+        self._ask(lambda: self._drop(ticket))
 
     async def call(self, work: Callable[[], T]) -> T:
         """Do something on the engines' thread, between two steps."""
@@ -204,6 +210,15 @@ class Worker:
         self._ask(do)
         return await done
 
+    def replace(self, old: Seat, new: Seat) -> None:
+        """Seat another engine. The old one ends what it has begun, and is let go. From any thread."""
+
+        def do() -> None:
+            old.is_leaving = True
+            self.seats = [*self.seats, new]
+
+        self._ask(do)
+
     def _ask(self, work: Callable[[], None]) -> None:
         self._asked.append(work)
         self._wake.set()
@@ -215,12 +230,7 @@ class Worker:
             self._wake.clear()
             while self._asked:
                 self._asked.popleft()()
-            is_busy = False
-            for seat in self.seats:
-                if not seat.engine.is_idle:
-                    is_busy = True
-                    self._step(seat)
-            if not is_busy:
+            if not self._turn():
                 self._wake.wait()
         error = Refusal(503, STOPPED, code="shutting_down", retry_after_s=5.0)
         while self._asked:
@@ -228,9 +238,22 @@ class Worker:
         for seat in self.seats:
             self._end(seat, error)
 
+    def _turn(self) -> bool:
+        """A step of each engine that has work; whether one had. A method of its own, so that no name keeps a seat that left."""
+        is_busy = False
+        for seat in self.seats:
+            if not seat.engine.is_idle:
+                is_busy = True
+                self._step(seat)
+        if any(seat.is_leaving for seat in self.seats):
+            self.seats = [seat for seat in self.seats if not (seat.is_leaving and seat.engine.is_idle)]
+        return is_busy
+
     def _add(self, ticket: Ticket) -> None:
         if ticket._is_closed:
             return
+        if ticket.seat not in self.seats:  # it was let in just before its engine left
+            self.seats = [*self.seats, ticket.seat]
         engine, live = ticket.seat.engine, ticket.seat.live
         try:
             for place, (prompt, params) in enumerate(ticket.wanted):

@@ -128,6 +128,14 @@ def test_what_is_left_out_is_counted_by_reason(alice: Person) -> None:
     assert kept + sum(reasons.values()) == got.num_judgements
 
 
+def test_who_says_the_same_again_is_heard_once(alice: Person) -> None:
+    left, right = alice.ask("A?", "1", "2")
+    for _ in range(2):
+        alice.judge.compare("alice", [left, right], left, consent=True)
+    got = found(alice)
+    assert len(got.rankings) == 1 and got.left_out == {"superseded": 1}
+
+
 def test_consent_withdrawn_later_counts(alice: Person) -> None:
     (answer,) = alice.ask("A?", "1")
     alice.judge.rate("alice", answer, good=True, consent=True)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -448,3 +449,17 @@ def test_a_message_tells_its_calls_and_their_results(page: Make) -> None:
     (answer,) = server.post(f"/api/messages/{result.id}/again", {"models": ["demo"]}).json["messages"]
     assert answer["parent"] == result.id
     assert server.idle() and "4" in server.engines["demo"].heard[-1]
+
+
+def test_an_answer_says_which_checkpoint_wrote_it_when_a_name_has_had_two(page: Make) -> None:
+    server = page()
+    id, last = begin(server), None
+    for fingerprint in ("first", "second"):
+        server.service.models["demo"] = replace(server.service.model("demo"), fingerprint=fingerprint)
+        _, answer = whole(server, id, f"hello {fingerprint}", last)
+        last = answer["id"]
+    answers = [one for one in opened(server, id)["messages"] if one["role"] == "assistant"]
+    assert [(one["model"], one["parameters"]["checkpoint"]) for one in answers] == [
+        ("demo", "first"),
+        ("demo", "second"),
+    ]

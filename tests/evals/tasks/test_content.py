@@ -223,9 +223,9 @@ def total(items: list[Any], split: str) -> int:
 def test_there_is_as_much_as_the_lesson_needs() -> None:
     assert len(INTENTS) >= 170 and all(len(i.train) in (6, 14) and len(i.dev) == len(i.held_out) == 2 for i in INTENTS)
     assert len(SMALL_TALK) >= 25 and all(len(t.train) == 13 and len(t.dev) >= 3 for t in SMALL_TALK)
-    assert total(REFUSALS, "train") >= 8000
-    assert len(ALARMING) >= 40 and all(90 <= len(item.train) <= 110 for item in ALARMING)
-    assert total(MISSES, "train") >= 3000
+    assert total(REFUSALS, "train") >= 3900
+    assert len(ALARMING) >= 40 and all(50 <= len(item.train) <= 60 for item in ALARMING)
+    assert total(MISSES, "train") >= 650
     for split in EXAMS:
         assert total(REFUSALS, split) >= 130 and total(MISSES, split) >= 110 and total(ALARMING, split) >= 130
         assert all(getattr(item, split) for item in EVERYTHING)
