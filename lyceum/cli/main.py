@@ -170,6 +170,12 @@ def _serve_options(parser: Parser) -> None:
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name under which the server is reached")
     add("--allow-origin", action="append", default=[], metavar="URL", help="a site whose pages may use the server")
     add("--max-batch", type=int, default=16, help="replies side by side, of each model (default 16)")
+    add(
+        "--compile",
+        action="store_true",
+        dest="swift",
+        help="compile a small model's steps in the background (C++ compiler)",
+    )
     add("--max-tokens", type=int, default=0, help="longest reply (default: the model's context)")
     add("--queue", type=int, default=256, help="replies that may wait; more are told to come again (default 256)")
     add("--per-key", type=int, default=256, help="replies under way for one key (default 256)")

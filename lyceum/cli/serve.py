@@ -58,6 +58,7 @@ def serve(args: argparse.Namespace) -> None:
         allow_host=tuple(args.allow_host),
         allow_origin=tuple(args.allow_origin),
         max_batch=args.max_batch,
+        swift=args.swift,
         certificate=args.certificate,
         private_key=args.private_key,
         store=args.store or str(run_folder(first.checkpoint)),

@@ -176,7 +176,7 @@ class Library:
     def _load(self) -> None:
         try:  # torch.export's own way to it imports the compiler, for seconds; a library needs none of that
             self._loaded = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:  # a broken file; a torch that has moved its loader
             _give_up(f"{self.path} cannot be read: {str(error).splitlines()[0]}")
 
     def _begin(self) -> None:

@@ -102,8 +102,8 @@ def serve(
     return Served(name, Seat(engine), tokenizer, chat, can_insert, *more)
 
 
-def load(name: str, folder: Path | str, *, max_batch: int) -> Served:
-    """Read a checkpoint folder.
+def load(name: str, folder: Path | str, *, max_batch: int, swift: bool = False) -> Served:
+    """Read a checkpoint folder; `max_batch` and `swift` are the engine's.
 
     Raises CheckpointError where it does not give text, or has no tokenizer.
     """
@@ -116,7 +116,7 @@ def load(name: str, folder: Path | str, *, max_batch: int) -> Served:
     model, origin = loaded.model.eval().to(device.pick_device()), read_model(folder)
     return serve(
         name,
-        Engine(model, max_batch=max_batch, token_bytes=loaded.tokenizer.token_bytes),
+        Engine(model, max_batch=max_batch, token_bytes=loaded.tokenizer.token_bytes, swift=swift),
         loaded.tokenizer,
         can_insert=can_insert(origin, loaded.tokenizer),
         pooling=read_pooling(folder),

@@ -1,6 +1,6 @@
 """What runs offer, taken up: a better model in place of the one that is served, at the start and while the server runs.
 
-    offers = Offers({"demo": (Path("runs/demo"), own_checkpoint)}, max_batch=16)
+    offers = Offers({"demo": (Path("runs/demo"), own_checkpoint)}, partial(load, max_batch=16))
     service = Service([offers.first("demo")]); offers.follow(service)
 
 `lyceum improve` writes a run's offer as a file (`lyceum.run.Offer`); a thread here looks at it about once a second. What is
@@ -20,7 +20,7 @@ from pathlib import Path
 from lyceum.errors import CheckpointError
 from lyceum.log import log
 from lyceum.run import OFFER, offered
-from lyceum.serve.models import Served, load
+from lyceum.serve.models import Served
 from lyceum.serve.service import Service
 
 LOOK_EVERY_S = 1.0
@@ -31,18 +31,17 @@ class Offers:
     """The offers of runs.
 
     runs: name of a model -> its run's folder, and the run's own checkpoint.
-    max_batch: replies made side by side, of each model.
+    read: opens a checkpoint folder as the model of that name.
     """
 
     def __init__(
         self,
         runs: Mapping[str, tuple[Path, Path]],
-        max_batch: int,
+        read: Callable[[str, Path], Served],
         *,
         every_s: float = LOOK_EVERY_S,
-        read: Callable[..., Served] = load,
     ):
-        self.runs, self.max_batch, self.every_s, self._read = runs, max_batch, every_s, read
+        self.runs, self.every_s, self._read = runs, every_s, read
         self.served: dict[str, Path] = {}  # name -> the checkpoint that answers
         self._seen: dict[str, Stamp | None] = {}  # name -> the file as it was when it was last read
         self._is_over = threading.Event()
@@ -106,7 +105,7 @@ class Offers:
         return folder or own
 
     def _load(self, name: str, folder: Path) -> Served:
-        served = self._read(name, folder, max_batch=self.max_batch)
+        served = self._read(name, folder)
         self.served[name] = folder
         return served
 

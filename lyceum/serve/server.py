@@ -43,7 +43,8 @@ class ServerConfig:
     """Where a server listens and whom it answers.
 
     host, port: 0 takes any free port. api_key: one key for everything, beside those of the store. allow_host, allow_origin: names
-    and sites beyond this machine's own. max_batch: replies made side by side, of each model. certificate, private_key: PEM
+    and sites beyond this machine's own. max_batch: replies made side by side, of each model. swift: compile the
+    steps of small models while they serve. certificate, private_key: PEM
     files, for TLS. store: where conversations and judgements are kept, as `lyceum.serve.database` has it; without one there is no
     chat page. about: what the models studied and what to ask them, which the page shows. runs: name -> the run
     whose offers that model follows (`lyceum.serve.offers`).
@@ -55,6 +56,7 @@ class ServerConfig:
     allow_host: tuple[str, ...] = ()
     allow_origin: tuple[str, ...] = ()
     max_batch: int = 16
+    swift: bool = False
     certificate: str = ""
     private_key: str = ""
     store: str = ""
@@ -101,11 +103,9 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         porter = config.porter(store)
         listening = listen(config.host, config.port)
         at_the_end.callback(listening.close)
-        offers = Offers({name: (run, Path(models[name])) for name, run in config.runs.items()}, config.max_batch)
-        served = [
-            offers.first(name) if name in config.runs else load(name, folder, max_batch=config.max_batch)
-            for name, folder in models.items()
-        ]
+        read = partial(load, max_batch=config.max_batch, swift=config.swift)
+        offers = Offers({name: (run, Path(models[name])) for name, run in config.runs.items()}, read)
+        served = [offers.first(name) if name in config.runs else read(name, folder) for name, folder in models.items()]
         service = Service(served, limits=config.limits)
         offers.follow(service)
         at_the_end.callback(offers.close)

@@ -51,9 +51,10 @@ def asked(*words: str) -> argparse.Namespace:
 def test_models_have_the_names_they_are_given_or_their_folders(checkpoint: Path, monkeypatch: Any) -> None:
     found: dict[str, Any] = {}
     monkeypatch.setattr(server, "serve", lambda folders, config: found.update(folders=folders, config=config))
-    serve.serve(asked(str(checkpoint), "--model", f"a/b={checkpoint}", "--port", "0", "--max-tokens", "9"))
+    serve.serve(asked(str(checkpoint), "--model", f"a/b={checkpoint}", "--port", "0", "--max-tokens", "9", "--compile"))
     assert found["folders"] == {"demo": checkpoint, "a/b": checkpoint} and next(iter(found["folders"])) == "demo"
     assert found["config"].host == "127.0.0.1" and found["config"].limits.max_tokens == 9
+    assert found["config"].swift
     for words in ([], ["--model", "x"], ["--model", "=y"], [str(checkpoint), "--model", f"demo={checkpoint}"]):
         with pytest.raises(UsageError):
             serve.serve(asked(*words))

@@ -41,6 +41,7 @@ def test_a_checkpoint_becomes_a_model(run: Callable, tokenizer: Tokenizer) -> No
     served = load("tutor", folder, max_batch=2)
     assert served.name == "tutor" and served.chat is not None and served.pooling is None and not served.can_insert
     assert served.context_length == 1024 and served.engine.max_batch == 2
+    assert not served.engine.swift and load("tutor", folder, max_batch=2, swift=True).engine.swift
     shown = served.to_json()
     assert shown["id"] == "tutor" and shown["object"] == "model" and shown["created"] > 1.7e9
     before = served.fingerprint

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,12 @@ from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.transformer import Decoder
 from lyceum.run import OFFER, Offer, write_json
 from lyceum.serve.limits import Limits
-from lyceum.serve.models import Served, serve
+from lyceum.serve.models import Served, load, serve
 from lyceum.serve.offers import Offers
 from lyceum.serve.service import Service
 from lyceum.tokens.tokenizer import Tokenizer
+
+READ = partial(load, max_batch=4)
 
 OLD, NEW = "abcdefghijklmnopqrstuvwxyz0123456789", "ZYXWVUTSRQPONMLKJIHGFEDCBA9876543210"
 ASK = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "stream": True}
@@ -167,7 +170,7 @@ def fake_service(served: Served) -> Any:
 
 
 def test_what_is_offered_is_taken_up_withdrawn_and_read_once(run: Path, capsys: pytest.CaptureFixture) -> None:
-    offers = Offers({"demo": (run, own(run))}, 4)
+    offers = Offers({"demo": (run, own(run))}, READ)
     service = fake_service(offers.first("demo"))
     first = service.models["demo"]
     offers.look(service)
@@ -185,7 +188,7 @@ def test_what_is_offered_is_taken_up_withdrawn_and_read_once(run: Path, capsys: 
 
 
 def test_a_folder_that_does_not_load_changes_nothing_and_is_said_once(run: Path, capsys: pytest.CaptureFixture) -> None:
-    offers = Offers({"demo": (run, own(run))}, 4)
+    offers = Offers({"demo": (run, own(run))}, READ)
     service = fake_service(offers.first("demo"))
     first = service.models["demo"]
     weights = run / "improve/1/preference/checkpoint/model.safetensors"
@@ -203,26 +206,28 @@ def test_a_folder_that_does_not_load_changes_nothing_and_is_said_once(run: Path,
 
 def test_a_server_begins_with_what_is_offered_or_else_with_its_own(run: Path, capsys: pytest.CaptureFixture) -> None:
     offer(run)
-    offers = Offers({"demo": (run, own(run))}, 4)
-    assert offers.first("demo").fingerprint != Offers({"demo": (run / "none", own(run))}, 4).first("demo").fingerprint
+    offers = Offers({"demo": (run, own(run))}, READ)
+    assert (
+        offers.first("demo").fingerprint != Offers({"demo": (run / "none", own(run))}, READ).first("demo").fingerprint
+    )
     assert offers.served["demo"] == run / "improve/1/preference/checkpoint"
     (run / "improve/1/preference/checkpoint/model.safetensors").write_bytes(b"broken")
-    offers = Offers({"demo": (run, own(run))}, 4)
+    offers = Offers({"demo": (run, own(run))}, READ)
     offers.first("demo")
     assert offers.served["demo"] == own(run) and "is served" in capsys.readouterr().err
     with pytest.raises(CheckpointError):
-        Offers({"demo": (run, run / "nowhere")}, 4).first("demo")
+        Offers({"demo": (run, run / "nowhere")}, READ).first("demo")
 
 
 def test_an_offer_of_a_run_that_was_made_anew_is_passed_over(run: Path, capsys: pytest.CaptureFixture) -> None:
     offer(run, key="k0")
-    offers = Offers({"demo": (run, own(run))}, 4)
+    offers = Offers({"demo": (run, own(run))}, READ)
     offers.first("demo")
     assert offers.served["demo"] == own(run) and "before the recipe changed" in capsys.readouterr().err
 
 
 def test_a_running_server_notices(run: Path, tokenizer: Tokenizer, decoder: Decoder) -> None:
-    offers = Offers({"demo": (run, own(run))}, 4, every_s=0.01)
+    offers = Offers({"demo": (run, own(run))}, READ, every_s=0.01)
     service = Service([offers.first("demo")])
     service.start()
     offers.follow(service)
