@@ -1,14 +1,14 @@
 """How fast the engine generates: beside transformers' generate and llama.cpp, and beside what the memory's bandwidth allows.
 
-    python bench/engine.py [--llama PYTHON] [--sizes 3 30 124] [--types f32 q8_0] [--rounds 3] [--unpacked] [--batching]
+    python bench/engine.py [--llama PYTHON] [--sizes 3 30 124] [--types f32 q8_0] [--rounds 3] [--swift] [--unpacked] [--batching]
     python bench/engine.py --short      # seconds instead of minutes: does it run at all?
 
 One run makes a model of random weights of each size, as a Hugging Face folder and, for llama.cpp, as GGUF files, and asks
 every engine for the same greedy replies to the same random prompts: each in a process of its own that waits while the
 others take their turn. `--llama` names a Python that has llama-cpp-python; without it llama.cpp is skipped with a line.
-`lyceum, half` is our engine with the weights of large matrices in 16 bits; `--unpacked` adds it on the model's own weights,
-`--batching` transformers' continuous batching. llama.cpp waits for its threads as it would by itself, not as our
-`lyceum/device.py` sets the environment.
+`lyceum, half` is our engine with the weights of large matrices in 16 bits; `--swift` adds it with compiled steps, made
+before anything is timed, `--unpacked` on the model's own weights, `--batching` transformers' continuous batching.
+llama.cpp waits for its threads as it would by itself, not as our `lyceum/device.py` sets the environment.
 
     prefill         512 tokens to the first token of a reply
     1, 4, 8, 32     streams: 64 tokens of prompt each, 128 new ones; tokens of all streams a second after the first one
@@ -42,6 +42,7 @@ SHAPES = {3: (4, 192, 6, 4096), 30: (8, 512, 8, 8192), 124: (12, 768, 12, 32768)
 STREAMS = (1, 4, 8, 32)
 PROMPT, NEW, LONG, TURN, REPLY = 64, 128, 512, 16, 32  # tokens
 CONTEXT = 1024
+OURS = ("lyceum", "lyceum, half", "lyceum, swift")
 BYTES = {"half": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a weight, where it is not 4; q8_0 has a scale for 32
 
 
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--llama", help="a Python with llama-cpp-python")
     parser.add_argument("--types", nargs="+", default=["f32", "q8_0"], help="GGUF files for llama.cpp")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine; the median counts")
+    parser.add_argument("--swift", action="store_true", help="also our engine with compiled steps, where it has them")
     parser.add_argument("--unpacked", action="store_true", help="also our engine without its packed weights")
     parser.add_argument("--batching", action="store_true", help="also transformers' continuous batching (much memory)")
     parser.add_argument("--short", action="store_true", help="one round of the smallest model, few tokens")
@@ -102,6 +104,8 @@ def measure(size: int, folder: Path, options: argparse.Namespace, plan: Plan) ->
     """All engines on one model; prints a table and returns its figures."""
     spec = make_model(size, folder, options.types if options.llama else [])
     who = dict.fromkeys(("lyceum", "lyceum, half", "transformers"), (sys.executable, folder))
+    if options.swift:
+        who["lyceum, swift"] = (sys.executable, folder)
     if options.unpacked:
         who["lyceum, unpacked"] = (sys.executable, folder)
     if options.batching:
@@ -230,7 +234,7 @@ def show(found: dict[str, Any], bound: dict[str, float], plan: Plan) -> None:
     print(f"{'bound, f32':24} {bound['operations']:9,.0f}", end="")
     print("".join(f"{min(count * bound['bandwidth'], bound['operations']):11,.0f}" for count in plan.streams))
     for name, row in found.items():
-        for mine in (one for one in ("lyceum", "lyceum, half") if one in found and not name.startswith("lyceum")):
+        for mine in (one for one in OURS if one in found and not name.startswith("lyceum")):
             ours = found[mine]
             ratios = [f"{ours[f'decode_{count}'] / row[f'decode_{count}']:.2f}" for count in plan.streams]
             print(f"{mine} / {name}: prefill {ours['prefill'] / row['prefill']:.2f}, streams {', '.join(ratios)}")
@@ -320,14 +324,25 @@ def lyceum_runner(name: str, path: str) -> Runner:
 
     class Ours:
         engine = Engine(
-            load_checkpoint(path).model, max_batch=max(STREAMS), pack="unpacked" not in name, half="half" in name
+            load_checkpoint(path).model,
+            max_batch=max(STREAMS),
+            pack="unpacked" not in name,
+            half="half" in name,
+            swift="swift" in name,
         )
 
         def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
             outputs = self.engine.generate(prompts, SamplingParams(max_tokens=num_new, temperature=0.0))
             return [output.ids for output in outputs]
 
-    return Ours()
+    ours = Ours()
+    if ours.engine.swift:  # compile, then choose among the ways for each number of streams
+        for num_new in (4, 64):
+            for count in STREAMS:
+                ours.generate([[number] * 8 for number in range(1, count + 1)], num_new)
+            while (swift := ours.engine._swift) and not all(one.is_ready for one in swift._libraries.values()):
+                time.sleep(1.0)
+    return ours
 
 
 def transformers_runner(name: str, path: str) -> Runner:
