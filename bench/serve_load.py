@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def measure(folder: str, num_clients: int, seconds: float, warm_s: float) -> dic
         told = json.loads(server.stdout.readline())
         port, keys = told["port"], told["keys"]
         Client(port, 0, keys[0], 0).run(time.monotonic() + 0.2)
-        before = state(server.pid, port, keys[0])
+        before = settled(server.pid, port, keys[0], lambda now: not now["sequences"] and not now["let_in"])
         others = num_clients // 8
         places = [0] * (num_clients - (NUM_KEYS - 1) * others) + [1, 2, 3] * others
 
@@ -258,9 +259,7 @@ def measure(folder: str, num_clients: int, seconds: float, warm_s: float) -> dic
 
         crowd(warm_s, 10_000)
         clients, memory = crowd(seconds, 0)
-        end = time.monotonic() + 15
-        while (after := state(server.pid, port, keys[0])) != before and time.monotonic() < end:
-            time.sleep(0.2)
+        after = settled(server.pid, port, keys[0], lambda now: now == before)
     finally:
         server.terminate()
         server.wait()
@@ -292,6 +291,14 @@ def state(pid: int, port: int, key: str) -> dict[str, float]:
     links = [os.readlink(f"/proc/{pid}/fd/{one}") for one in os.listdir(f"/proc/{pid}/fd") if exists(pid, one)]
     found = {name: values[f"lyceum_{name}"] for name in ("tasks", "sequences", "let_in")}
     return {**found, "sockets": float(sum(link.startswith("socket:") for link in links))}
+
+
+def settled(pid: int, port: int, key: str, is_so: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """The server's state once `is_so`, or after fifteen seconds as it is then: one who has left may still be noticed."""
+    end = time.monotonic() + 15
+    while not is_so(now := state(pid, port, key)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return now
 
 
 def exists(pid: int, descriptor: str) -> bool:

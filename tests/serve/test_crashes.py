@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,17 @@ class Person:
         self.num_seen = 0  # characters of the answer under way
         self.has_begun = threading.Event()
 
+    def connected(self) -> closing[http.client.HTTPConnection]:
+        """A connection of its own, closed at the end whatever happens to the server."""
+        return closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20))
+
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request(
-            method, path, json.dumps(body) if body is not None else None, {"content-type": "application/json"}
-        )
-        answer = connection.getresponse()
-        content = json.loads(answer.read())
-        connection.close()
+        with self.connected() as connection:
+            connection.request(
+                method, path, json.dumps(body) if body is not None else None, {"content-type": "application/json"}
+            )
+            answer = connection.getresponse()
+            content = json.loads(answer.read())
         assert answer.status == 200, content
         return content
 
@@ -118,12 +122,11 @@ class Person:
         return id, self.ask("POST", f"/api/conversations/{id}/turns", given)["messages"][1]["id"]
 
     def events(self, message: str) -> Iterator[dict[str, Any]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request("GET", f"/api/messages/{message}/events")
-        for line in connection.getresponse():
-            if line.startswith(b"data: {"):
-                yield json.loads(line[6:])
-        connection.close()
+        with self.connected() as connection:
+            connection.request("GET", f"/api/messages/{message}/events")
+            for line in connection.getresponse():
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
 
     def watch(self, message: str) -> None:
         try:
