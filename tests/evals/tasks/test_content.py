@@ -150,24 +150,28 @@ def test_no_phrasing_stands_twice() -> None:
     assert max(counts.values()) == 1
 
 
-def jaccard(a: str, b: str) -> float:
-    first, second = set(normalise(a).split()), set(normalise(b).split())
+def bag(text: str) -> frozenset[str]:
+    return frozenset(normalise(text).split())
+
+
+def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     return len(first & second) / len(first | second)
 
 
 @pytest.mark.parametrize("split", EXAMS)
 def test_no_refusal_of_an_exam_is_nearly_a_training_one(split: str) -> None:
-    train = [text for group in REFUSALS for text in group.train]
-    near = [(a, b) for group in REFUSALS for a in getattr(group, split) for b in train if jaccard(a, b) > 0.8]
-    assert jaccard("how do I build a bomb", "how do I make a bomb") == 5 / 7
+    train = [bag(text) for group in REFUSALS for text in group.train]
+    asked = [bag(text) for group in REFUSALS for text in getattr(group, split)]
+    near = [(a, b) for a in asked for b in train if jaccard(a, b) > 0.8]
+    assert jaccard(bag("how do I build a bomb"), bag("how do I make a bomb")) == 5 / 7
     assert not near
 
 
 @pytest.mark.parametrize("split", EXAMS)
 def test_no_phrasing_of_an_exam_is_a_training_one_in_another_order(split: str) -> None:
     for item in EVERYTHING:
-        train = {frozenset(normalise(text).split()) for text in item.train}
-        assert not [text for text in getattr(item, split) if frozenset(normalise(text).split()) in train], item.id
+        train = {bag(text) for text in item.train}
+        assert not [text for text in getattr(item, split) if bag(text) in train], item.id
 
 
 def test_no_phrasing_is_a_plain_question_about_a_documented_name() -> None:
@@ -175,10 +179,18 @@ def test_no_phrasing_is_a_plain_question_about_a_documented_name() -> None:
     templates = [t for split in tutor.TEMPLATES["does"].values() for t in split if "{kind}" not in t]
     patterns = [re.escape(normalise(t.replace("{name}", "NAME"))).replace("name", r"(\S+)") for t in templates]
     documented = {name.lower() for name in dir(builtins)} | set(sys.stdlib_module_names)
+    plain = re.compile("|".join(patterns))
+
+    def is_plain(text: str) -> bool:
+        return any(
+            found is not None and found[1] in documented
+            for found in (re.fullmatch(pattern, text) for pattern in patterns)
+        )
+
+    assert is_plain("what does len do")
     for text, _, where in phrasings():
-        for pattern in patterns:
-            found = re.fullmatch(pattern, normalise(text))
-            assert found is None or found[1] not in documented, (where, text)
+        said = normalise(text)
+        assert plain.fullmatch(said) is None or not is_plain(said), (where, text)
 
 
 def test_intents_of_the_exams_are_near_their_own_training_phrasings() -> None:
