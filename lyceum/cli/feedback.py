@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from lyceum.errors import UsageError
 
 
-def reader() -> ModuleType:
-    """The module that reads a store's feedback. Raises UsageError where the packages of the service are not installed."""
+@contextmanager
+def store_packages() -> Iterator[None]:
+    """Around imports of what reads a store: UsageError where the packages of the service are not installed."""
     try:
-        from lyceum.serve import feedback
+        yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "sqlalchemy":
             raise
         raise UsageError(
             "a store needs SQLAlchemy, which is not installed", hint="pip install 'lyceum[serve]'"
         ) from None
+
+
+def reader() -> ModuleType:
+    """The module that reads a store's feedback. Raises UsageError where the packages of the service are not installed."""
+    with store_packages():
+        from lyceum.serve import feedback
     return feedback
 
 

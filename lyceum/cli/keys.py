@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lyceum.cli.feedback import store_packages
 from lyceum.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,15 +51,9 @@ def listed(place: str) -> str:
 
 @contextmanager
 def _opened(place: str, *, must_exist: bool = True) -> Iterator[Keys]:
-    try:
+    with store_packages():
         from lyceum.serve.database import Database
         from lyceum.serve.keys import Keys
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sqlalchemy":
-            raise
-        raise UsageError(
-            "a store needs SQLAlchemy, which is not installed", hint="pip install 'lyceum[serve]'"
-        ) from None
     database = Database.open(place, must_exist=must_exist)
     try:
         yield Keys(database)

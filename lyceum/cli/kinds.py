@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lyceum.model.lineage import SHAPED
+
 
 @dataclass(frozen=True)
 class Input:
@@ -49,7 +51,6 @@ def _from(role: str, *kinds: str, needed: bool | Callable[[Any], bool] = True) -
     return Input(role, kinds or (role,), needed)
 
 
-SHAPED = ("preference", "ppo", "tamer", "grpo")  # kinds whose policy has learned what is liked
 POLICIES = ("sft", *SHAPED)  # kinds whose policy answers
 RANKED = ("rankings", "judgements")  # who puts answers in order: a written rule, or people
 
@@ -167,11 +168,5 @@ KINDS: dict[str, Kind] = {
     ),
 }
 POLICY = "policy"  # the role that ``from = "name"`` chooses
-CAN_CHAT = (
-    "ppo",
-    "tamer",
-    "grpo",
-    "preference",
-    "sft",
-    "pretrain",
-)  # kinds whose checkpoint talks, the most schooled first
+# kinds whose checkpoint talks, the most schooled first
+CAN_CHAT = ("ppo", "tamer", "grpo", "preference", "sft", "pretrain")

@@ -28,8 +28,9 @@ from typing import Any
 
 NOTE = "lyceum.json"
 LEARNED = ("documents", "conversations", "rankings", "ratings", "prompts", "scores")  # what a stage can learn from
+SHAPED = ("preference", "ppo", "tamer", "grpo")  # stages whose policy has learned what is liked
 MAX_ABOVE = (
-    4  # folders above a checkpoint in which its parent is looked for: its section, its run, and where runs lie in runs
+    4  # folders above a checkpoint where its parent is looked for: its section, its run, and where runs lie in runs
 )
 MAX_HEADER = 100 << 20  # bytes; a safetensors header that says more is none
 

@@ -33,13 +33,12 @@ from lyceum.errors import DataError, RunError
 from lyceum.evals.tasks import tutor
 from lyceum.log import log, progress
 from lyceum.model.checkpoint import load_checkpoint
-from lyceum.model.lineage import read_model
+from lyceum.model.lineage import SHAPED, read_model
 from lyceum.run import Work, checkpoint_in
 from lyceum.tokens.chat import ChatFormat
 
 VERSION = 1
 PARTS = ("train", "valid")
-SHAPED = ("ppo", "tamer", "grpo", "preference")  # stages whose policy has learned what is liked
 
 
 @dataclass(frozen=True)
