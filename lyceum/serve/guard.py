@@ -4,7 +4,7 @@ In this order, the cheapest first: the Host (a name that an attacker's page reso
 (a page of another site may not use what the browser can reach), the key and its scope, then the body, which is read here
 whole, within its bounds of bytes and seconds. The route finds `caller(request)` and `body(request)`.
 
-Only `/health`, `/ready` and the chat page's own files are open without a key: everything else is shut unless it is opened
+Only `/health`, `/ready` and the pages' own files are open without a key: everything else is shut unless it is opened
 here, so that a new route is not forgotten. An address as the Host is always ours: a page cannot give an address as its own name.
 
 What it is not: the bounds of single fields (`lyceum.serve.protocol`), nor those of callers (`lyceum.serve.limits.Quota`).
@@ -29,10 +29,10 @@ from lyceum.serve.limits import EVERYBODY, Caller
 from lyceum.serve.porter import Porter
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.service import Service
+from lyceum.serve.site import BELOW, PAGES
 from lyceum.serve.worker import Gone
 
-OPEN = ("/health", "/ready", "/")  # without a key
-OPEN_BELOW = "/web/"  # the page's files, which hold nothing of anybody
+OPEN = ("/health", "/ready", *PAGES)  # without a key; the pages' files hold nothing of anybody
 SCOPE_OF = {  # the scope that a path needs; all others need "inference"
     "/metrics": "metrics",
     "/tokenize": "models",
@@ -125,7 +125,7 @@ class Guard:
         return Response(status_code=204, headers=allowed)
 
     async def _caller(self, path: str, headers: Headers) -> Caller:
-        if path in OPEN or path.startswith(OPEN_BELOW):
+        if path in OPEN or path.startswith(BELOW):
             return EVERYBODY
         caller = await self.porter.caller(headers.get("authorization"))
         caller.need(SCOPE_OF.get(path) or ("models" if path.startswith("/v1/models/") else "inference"))

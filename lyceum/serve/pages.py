@@ -4,7 +4,7 @@
 
 | route | what it does |
 |---|---|
-| GET /, /web/{file} | the page: plain files, each with its entity tag, under a strict content-security policy |
+| GET /, /web/{file} | the page itself, and all others (`lyceum.serve.site`) |
 | GET /api/start | models, what they studied, what to ask |
 | GET, POST /api/conversations | the list, or what a query finds; a new one |
 | GET, PATCH, DELETE /api/conversations/{id} | one with all its messages; title, pin, settings, branch shown; delete |
@@ -26,13 +26,11 @@ What it is not: the page's looks (the files under `lyceum/serve/web`), or the st
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -52,24 +50,12 @@ from lyceum.serve.refusals import Refusal
 from lyceum.serve.render import render
 from lyceum.serve.sampled import params_of
 from lyceum.serve.service import Job, Service
+from lyceum.serve.site import site
 from lyceum.serve.store import Hit, Store
 from lyceum.serve.tree import StoredConversation, StoredMessage, Thread, path_to
 from lyceum.serve.wishes import EXACT, Again, Begin, Change, Comparison, Correction, Nothing, Thumb, Turn
 
 T = TypeVar("T")
-WEB = Path(__file__).parent / "web"
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types lyceum",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    "referrer-policy": "no-referrer",
-    "x-frame-options": "DENY",
-    "cache-control": "no-cache",
-}
 PAGE = 40  # conversations in one part of the list
 SETTLE_EVERY_S = 30.0
 
@@ -92,22 +78,11 @@ def pages(
         await asyncio.gather(settling, return_exceptions=True)
 
     router = APIRouter(lifespan=life)
+    router.include_router(site())
     router.include_router(accounts(service, store, desk.answers, is_own_machine=is_own_machine))
 
     def route(method: str, path: str) -> Callable[..., Any]:
         return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)
-
-    files = {file.name: (file.read_bytes(), TYPES[file.suffix]) for file in WEB.iterdir() if file.suffix in TYPES}
-
-    @route("GET", "/")
-    async def page(request: Request) -> Response:
-        return _file(request, *files["index.html"])
-
-    @route("GET", "/web/{name}")
-    async def web(request: Request, name: str) -> Response:
-        if name not in files or name == "index.html":
-            raise Refusal(404, f"There is no file {name!r}.", code="not_found")
-        return _file(request, *files[name])
 
     @route("GET", "/api/start")
     async def start(request: Request) -> Response:
@@ -438,11 +413,3 @@ def _mark(one: Judgement) -> Told:
     if one.kind == "rating":
         return {"thumb": 1 if one.value else -1}
     return {"corrected": True} if one.kind == "correction" else {"judged": True}
-
-
-def _file(request: Request, content: bytes, kind: str) -> Response:
-    tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
-    headers = {**HEADERS, "etag": tag}
-    if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type=kind + "; charset=utf-8" if kind != "image/svg+xml" else kind)

@@ -20,8 +20,8 @@ from sqlalchemy import select, update
 from lyceum.corpus.records import ToolCall
 from lyceum.serve import pages
 from lyceum.serve.drafts import LEASE_S
-from lyceum.serve.pages import HEADERS, WEB
 from lyceum.serve.render import render
+from lyceum.serve.site import HEADERS, WEB
 from lyceum.serve.tables import MESSAGES
 
 Make = Callable[..., Any]

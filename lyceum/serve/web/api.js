@@ -21,7 +21,8 @@ function headers(hasBody) {
   return key ? { ...found, authorization: `Bearer ${key}` } : found;
 }
 
-async function send(method, path, body, more = {}) {
+/** An answer; throws Refused for what the server did not do. */
+export async function send(method, path, body, more = {}) {
   for (;;) {
     const answer = await fetch(path, {
       method,
@@ -43,7 +44,8 @@ async function send(method, path, body, more = {}) {
   }
 }
 
-const json = async (...all) => (await send(...all)).json();
+/** An answer as JSON: json(method, path, body). */
+export const json = async (...all) => (await send(...all)).json();
 const id = encodeURIComponent;
 
 export const start = () => json("GET", "/api/start");

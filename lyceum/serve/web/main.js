@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { copyText } from "./answer.js";
-import { askKey, showKeys, toast } from "./dialogs.js";
+import { showKeys, toast } from "./dialogs.js";
+import { wake } from "./frame.js";
 import { h, icon, sign } from "./html.js";
 import { dress, memory, Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -351,9 +352,7 @@ function ring() {
   return svg;
 }
 
-dress(memory.get("looks", "auto"));
-speak(memory.get("language", navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en"));
-api.onKeyNeeded(askKey);
+wake();
 
 async function begin() {
   try {

@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { ask, menu, toast } from "./dialogs.js";
+import { pageLinks } from "./frame.js";
 import { h, icon, saveAs, sign } from "./html.js";
 import { t } from "./words.js";
 
@@ -25,6 +26,7 @@ export class Sidebar {
       },
     });
     this.list = h("nav", {});
+    this.pages = h("footer", {});
     this.new = h("button", { type: "button", class: "new", onclick: () => fresh() });
     this.close = sign("close", t("close"), hide, { class: "sign only-narrow" });
     this.element = h("aside", { class: "sidebar", id: "sidebar" },
@@ -32,6 +34,7 @@ export class Sidebar {
       this.new,
       h("div", { class: "find" }, icon("search"), this.field),
       this.list,
+      this.pages,
     );
     addEventListener("pagehide", () => this.settle());
     this.translate();
@@ -45,6 +48,7 @@ export class Sidebar {
     this.close.title = t("close");
     this.close.setAttribute("aria-label", t("close"));
     this.new.replaceChildren(icon("plus"), t("new_chat"));
+    this.pages.replaceChildren(...pageLinks("./").slice(1));
     this.draw();
   }
 

@@ -1,7 +1,9 @@
-// Every text of the page, in both languages. `t("key", {n: 3})` is the text in the chosen one.
+// Every text of the chat page and of the frame, in both languages. `t("key", {n: 3})` is the text in the chosen one.
 
 const WORDS = {
   // [English, Chinese]
+  pages: ["Pages", "页面"],
+  page_chat: ["Chat", "对话"],
   new_chat: ["New chat", "新对话"],
   search: ["Search chats", "搜索对话"],
   nothing_found: ["Nothing found", "没有找到"],
@@ -150,6 +152,11 @@ const WORDS = {
   short_settings: ["Settings", "设置"],
   short_help: ["These shortcuts", "查看快捷键"],
 };
+
+/** Texts of another page join these: {key: [English, Chinese]}. */
+export function teach(words) {
+  Object.assign(WORDS, words);
+}
 
 export const LANGUAGES = { en: "English", zh: "中文" };
 
