@@ -81,6 +81,9 @@ def is_terminal() -> bool:
 class Progress:
     """One bar: how much is done, the speed over the last half minute, the time left, and the numbers it was given.
 
+    The time left goes by the speed since the beginning, which holds pauses too: after a long validation the last half minute
+    is nothing but a pause.
+
     Args:
         total: when it is full, in `unit`.
         unit: what is counted; empty if its speed is not to be shown.
@@ -91,6 +94,7 @@ class Progress:
         self.total, self.description, self.unit, self.done = total, description, unit, done
         self.shown: dict[str, Any] = {}
         self._begun = time.monotonic()
+        self._from = done
         self._marks: list[tuple[float, float]] = [(self._begun, done)]  # (when, done) over the last SPEED_OVER_S
 
     def update(self, advance: float = 0.0, **shown: Any) -> None:
@@ -114,7 +118,8 @@ class Progress:
         if speed > 0:
             if self.unit:
                 parts.append(f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s")
-            parts.append(f"{show_time(max(0.0, self.total - self.done) / speed)} left")
+            one_s = (self._marks[-1][0] - self._begun) / (self.done - self._from)
+            parts.append(f"{show_time(max(0.0, self.total - self.done) * one_s)} left")
         return " | ".join(parts)
 
     def share(self) -> float:

@@ -2,6 +2,8 @@
 
 The simulated people have one taste: **the shorter answer is the better one**, and of two as long as each other they say "tie".
 The model is schooled here, in about a minute. Control: the same answers with verdicts by a coin teach nothing.
+
+    LYCEUM_RUN=runs/demo pytest -s -m slow tests/test_closed_loop.py      # the same with a copy of a run that you have
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from lyceum.serve.store import Store
 
 pytestmark = pytest.mark.slow
 NUM_RANKED, NUM_ASKED, PEOPLE = 400, 200, 8
+RUN = os.environ.get("LYCEUM_RUN", "")
 RECIPE = Path(__file__).parent.parent / "recipes" / "smoke.toml"
+PARAMETERS = {"max_tokens": 64, "temperature": 1.3}  # at 1 a model that knows its lesson says the same twice
 SETTINGS = (f"lessons.practice={3 * (NUM_RANKED + NUM_ASKED)}", "lessons.held_out=12", "corpus.objects=60")
 
 
@@ -79,7 +83,7 @@ def taste(left: str, right: str) -> str:
 def judge(port: int, question: str) -> str:
     """One person asks the page something, reads both answers to the end, and says which is better."""
     chat = asked(port, "POST", "/api/conversations", {})["id"]
-    turn = {"parent": None, "content": question, "models": ["tutor", "tutor"], "parameters": {"max_tokens": 64}}
+    turn = {"parent": None, "content": question, "models": ["tutor", "tutor"], "parameters": PARAMETERS}
     shown = asked(port, "POST", f"/api/conversations/{chat}/turns", turn)["messages"][1:]
     texts = []
     for message in shown:
@@ -143,15 +147,19 @@ def by_a_coin(store: Path) -> int:
 
 
 def test_a_model_becomes_what_people_prefer_and_a_coin_teaches_nothing(tmp_path: Path) -> None:
-    words = [word for setting in (*SETTINGS, 'name="tutor"') for word in ("--set", setting)]
-    lyceum("run", RECIPE, "--until", "sft", "--runs", tmp_path, *words)
     run, control = tmp_path / "tutor", tmp_path / "control"
+    if RUN:
+        shutil.copytree(RUN, run)
+    else:
+        words = [word for setting in (*SETTINGS, 'name="tutor"') for word in ("--set", setting)]
+        lyceum("run", RECIPE, "--until", "sft", "--runs", tmp_path, *words)
     shutil.copytree(run, control)
     found = {one.messages[-1].content: None for one in read_conversations(run / "lessons" / "prompts.jsonl")}
     questions = list(found)
     assert len(questions) >= NUM_RANKED + NUM_ASKED, len(questions)
     ranked, fresh = questions[:NUM_RANKED], questions[NUM_RANKED : NUM_RANKED + NUM_ASKED]
-    with served(run, "--model", f"control={control}", "--model", f"old={run / 'sft'}") as port:
+    policy = run / ("ppo" if (run / "ppo").is_dir() else "sft")
+    with served(run, "--model", f"control={control}", "--model", f"old={policy}") as port:
         before = {name: fingerprint(port, name) for name in ("tutor", "control")}
         verdicts = at_once(lambda question: judge(port, question), ranked)
         assert verdicts.count("tie") < NUM_RANKED / 2, "the model's own answers must differ in what people judge by"
@@ -163,6 +171,7 @@ def test_a_model_becomes_what_people_prefer_and_a_coin_teaches_nothing(tmp_path:
         lyceum("improve", control, "--offer", "always")
         wait_for_another(port, "control", before["control"])
         likes = {name: preferred(port, name, fresh) for name in ("tutor", "control")}
+    print({verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))})
     print({name: [round(value, 3) for value in values] for name, values in likes.items()})
     closed = json.loads((run / "improve" / "1" / "improve.json").read_text())
     coin = json.loads((control / "improve" / "1" / "improve.json").read_text())

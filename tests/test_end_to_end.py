@@ -120,6 +120,7 @@ def kill_in(section: str, runs: Path, *words: str, run: str = "smoke") -> bool:
         process.wait()
 
 
+@pytest.mark.slow
 def test_killed_in_every_section_it_ends_as_the_straight_run_did(
     straight: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -84,6 +84,16 @@ def test_the_speed_is_of_the_last_half_minute(clock: Clock) -> None:
     assert bar.speed() == 10.0
 
 
+def test_after_a_pause_the_time_left_goes_by_the_whole_and_not_by_the_pause(clock: Clock) -> None:
+    bar = Progress(1000, "sft")
+    for _ in range(4):
+        clock.now += 10
+        bar.update(100)
+    clock.now += 40  # a validation, longer than what the speed is taken over
+    bar.update(1)
+    assert bar.text().endswith("| 2:00 left"), bar.text()
+
+
 def test_a_bar_over_nothing_is_full() -> None:
     assert Progress(0, "sft").share() == 1.0
 
