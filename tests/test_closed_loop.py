@@ -157,6 +157,7 @@ def test_a_model_becomes_what_people_prefer_and_a_coin_teaches_nothing(tmp_path:
     found = {one.messages[-1].content: None for one in read_conversations(run / "lessons" / "prompts.jsonl")}
     questions = list(found)
     assert len(questions) >= NUM_RANKED + NUM_ASKED, len(questions)
+    random.Random(1).shuffle(questions)
     ranked, fresh = questions[:NUM_RANKED], questions[NUM_RANKED : NUM_RANKED + NUM_ASKED]
     policy = run / ("ppo" if (run / "ppo").is_dir() else "sft")
     with served(run, "--model", f"control={control}", "--model", f"old={policy}") as port:

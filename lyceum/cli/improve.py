@@ -37,7 +37,7 @@ CLOSED = "improve.json"  # of one of them: what came of it; only a closed one ha
 METHODS: Mapping[str, tuple[str, ...]] = {"dpo": ("preference",), "ppo": ("reward", "ppo")}
 OFFERS = ("better", "always", "never")
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # for some hundreds of rankings and a few million weights
-    "preference": {"epochs": 4, "nll": 0.1, "lr": 1e-3},
+    "preference": {"epochs": 8, "nll": 0.1, "lr": 1e-3},
     "reward": {"epochs": 2},
     "ppo": {},
 }
@@ -50,7 +50,7 @@ def improve(
     method: str = "dpo",
     offer: str = "better",
     store: str = "",
-    held_out: float = 0.2,
+    held_out: float = 0.3,
     least: int = 40,
     overrides: Sequence[str] = (),
 ) -> str:

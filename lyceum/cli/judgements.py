@@ -36,7 +36,7 @@ class JudgementsConfig:
     """Whose judgements are read, and how many it takes."""
 
     store: str = setting("", "a run's folder, a store's file, or its address")
-    held_out: float = setting(0.2, "share of the prompts kept to judge by", low=0.0, high=0.9)
+    held_out: float = setting(0.3, "share of the prompts kept to judge by", low=0.0, high=0.9)
     least: int = setting(40, "prompts with a ranking that it takes; fewer are an error", low=2)
 
 

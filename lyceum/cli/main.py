@@ -228,7 +228,7 @@ def _improve_options(parser: Parser) -> None:
     )
     add("--offer", default="better", help="when it is to be served: better (default: if shown to be so), always, never")
     add("--store", default="", metavar="PLACE", help="where the judgements are (default: in the run)")
-    add("--held-out", type=float, default=0.2, metavar="SHARE", help="of the prompts, to compare by (default 0.2)")
+    add("--held-out", type=float, default=0.3, metavar="SHARE", help="of the prompts, to compare by (default 0.3)")
     add("--least", type=int, default=40, metavar="N", help="prompts with a ranking that it takes (default 40)")
     _override_option(parser, "change a setting of the improvement, such as preference.lr; may be given more than once")
 
