@@ -125,9 +125,9 @@ def test_the_candidate_that_would_be_liked_best_is_taken_and_the_first_of_equals
 
 NUM_TOKENS, LIKED, DISLIKED = 40, range(10), range(10, 20)
 SECONDS = 0.4  # that a segment, here one token, is the newest on the screen
-REPLY, PATIENCE = 25, 16  # tokens of a reply; replies that the person has patience for
+REPLY, MOST_REPLIES = 25, 30  # tokens of a reply; replies that anybody watches
 GOAL, LAST = 0.8, 3  # share of liked tokens over so many replies in a row; by chance a quarter
-MARGIN = 1 / 2  # of the keys that are needed without credit, or were pressed until patience ended, on every seed
+MARGIN = 2  # times the keys that credit needs: so many do not suffice without it, nor where they are shuffled
 NOW = Delay(0.0, 0.0)  # without credit: a press means what is shown at its moment
 
 
@@ -157,17 +157,19 @@ class Person:
         return found
 
 
-def keys_until_taught(seed: int, delay: Delay, *, is_shuffled: bool = False) -> tuple[int, bool]:
-    """Keys pressed until the goal is reached, or patience ends, and which of the two; through the engine, replies one by one."""
+def keys_until_taught(seed: int, delay: Delay, most_keys: int, *, is_shuffled: bool = False) -> tuple[int, bool]:
+    """Keys pressed until the goal is reached or there are `most_keys`, and whether it is; through the engine, reply by reply."""
     spec = ModelSpec(NUM_TOKENS, 1, 32, 2, 2, 16, 64, 64, tied=False)
     engine = Engine(Decoder(spec, torch.Generator().manual_seed(seed)), max_batch=16)
     person, lessons, taste, num_keys, shares = Person(seed, is_shuffled), list[Lesson](), Taste(), 0, list[float]()
-    for number in range(PATIENCE):
+    for number in range(MOST_REPLIES):
         params = SamplingParams(max_tokens=REPLY, seed=1000 * seed + number)
         shown = told(engine, Telling([12, 1], params, Ends(most=1), engine.context_length, num_candidates=16), taste)
         shares.append(sum(token in LIKED for token in shown.reply) / REPLY)
         if number + 1 >= LAST and sum(shares[-LAST:]) >= GOAL * LAST:
             return num_keys, True
+        if num_keys >= most_keys:
+            break
         presses = person.watch(shown.reply)
         num_keys += len(presses)
         began_s = [SECONDS * place for place in range(REPLY)]
@@ -178,11 +180,12 @@ def keys_until_taught(seed: int, delay: Delay, *, is_shuffled: bool = False) -> 
 
 @pytest.mark.slow
 def test_a_late_person_teaches_in_fewer_keys_with_credit_and_shuffled_keys_teach_nothing() -> None:
-    # stated before the run: with credit the goal is reached on each of five seeds, in at most MARGIN of the keys that it takes
-    # without (which may never get there: then of those pressed in vain); with shuffled keys it is reached on no seed
-    for seed in range(5):
-        keys, is_reached = keys_until_taught(seed, Delay(0.3, 0.8))
-        without, _ = keys_until_taught(seed, NOW)
-        shuffled, is_luck = keys_until_taught(seed, Delay(0.3, 0.8), is_shuffled=True)
-        print(f"seed {seed}: {keys} keys with credit, {without} without, {shuffled} shuffled")
-        assert is_reached and keys <= MARGIN * without and not is_luck
+    # stated before the run on these seeds: with credit the goal is reached on each of five within 200 keys; without it MARGIN
+    # times the keys that credit needed do not suffice on any, nor does watching for 30 replies; shuffled keys likewise
+    # (an earlier statement, and why it failed: dev/LOG.md)
+    for seed in range(10, 15):
+        keys, is_reached = keys_until_taught(seed, Delay(0.3, 0.8), 200)
+        without, is_reached_without = keys_until_taught(seed, NOW, MARGIN * keys)
+        shuffled, is_luck = keys_until_taught(seed, Delay(0.3, 0.8), MARGIN * keys, is_shuffled=True)
+        print(f"seed {seed}: reached with {keys} keys; not with {without} without credit, nor with {shuffled} shuffled")
+        assert is_reached and not is_reached_without and not is_luck

@@ -119,6 +119,7 @@ def test_untaught_it_says_what_it_would_have_said_at_a_pace(server: Any) -> None
     assert answer["parameters"]["taught"] == {**FAST, "answers": 0}
 
 
+@pytest.mark.slow
 def test_stopping_stops_it_and_the_engine(server: Any) -> None:
     answer = say(server, most=400, teach={"candidates": 3, "pace": 20.0})
     time.sleep(0.3)
@@ -156,6 +157,7 @@ def test_a_press_means_what_was_shown_a_moment_before(server: Any) -> None:
         assert segment["label"] == (1 if shares[0] else -1 if shares[1] else 0)
 
 
+@pytest.mark.slow
 def test_keys_pressed_while_it_talks_change_what_it_says_next(server: Any) -> None:
     answer = say(server, most=300, teach={"candidates": 4, "pace": 50.0})
     time.sleep(0.5)
@@ -169,6 +171,7 @@ def test_keys_pressed_while_it_talks_change_what_it_says_next(server: Any) -> No
     assert judged.presses == ((0.9, 1.0),) and judged.consent and judged.answers[0].model == "demo"
 
 
+@pytest.mark.slow
 def test_the_next_answer_is_chosen_by_what_was_taught(server: Any) -> None:
     plain = follow(server, say(server, content="and now")["id"])
     id, _ = teach(server)
@@ -233,6 +236,7 @@ def test_after_a_restart_the_same_is_known_from_what_was_kept(server: Any) -> No
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_new_weights_behind_the_name_are_taught_anew(server: Any, decoder: Decoder) -> None:
     teach(server)
     kept(server, 1)
@@ -255,6 +259,7 @@ def test_forgetting_deletes_and_nothing_comes_back(server: Any) -> None:
     assert say(server)["parameters"]["taught"]["answers"] == 0
 
 
+@pytest.mark.slow
 def test_a_deleted_conversation_takes_its_lessons_along(server: Any) -> None:
     id, _ = teach(server)
     conversation = server.store.message("everybody", id).conversation
@@ -264,6 +269,7 @@ def test_a_deleted_conversation_takes_its_lessons_along(server: Any) -> None:
     assert say(server)["parameters"]["taught"]["answers"] == 0
 
 
+@pytest.mark.slow
 def test_one_persons_keys_teach_nobody_else(page: Make, decoder: Decoder, known: Make) -> None:
     server = page(engine=speaking(decoder), porter=known("ann", "bob"))
 

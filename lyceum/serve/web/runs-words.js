@@ -16,7 +16,6 @@ teach({
   run_loss: ["loss {loss}", "损失 {loss}"],
   run_sections: ["sections finished: {finished} of {all}", "已完成 {finished} 个阶段，共 {all} 个"],
   run_damage: ["Cannot be read: {files}", "无法读取：{files}"],
-  sections: ["Sections", "各阶段"],
   section: ["Section", "阶段"],
   state: ["State", "状态"],
   step: ["Step", "步"],
