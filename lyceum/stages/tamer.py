@@ -393,6 +393,11 @@ class TamerPPO(PPO):
             self._engine.update_weights(acting)
         return self._engine
 
+    @property
+    def is_reference(self) -> bool:
+        """Not where presses from before have biased the first replies already."""
+        return super().is_reference and not bool(self.addition_VD.any())
+
     def head(self) -> Tensor:
         """The policy's with its bias, as it drew."""
         return super().head() + self.addition_VD
