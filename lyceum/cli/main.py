@@ -118,7 +118,7 @@ def make_parser() -> Parser:
     export.add_argument(
         "--format",
         default="rankings",
-        help="rankings (default), ratings or conversations: ours; trl, hh: pairs; kto: thumbs; messages, sharegpt: corrections",
+        help="rankings (default), ratings, conversations, presses: ours; trl, hh: pairs; kto: thumbs; messages, sharegpt: edits",
     )
     export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
     export.set_defaults(do=_feedback_export)
@@ -186,6 +186,7 @@ def _serve_options(parser: Parser) -> None:
         metavar="PLACE",
         help="where chats are kept: a file or postgresql://... (default: in the run)",
     )
+    add("--runs", default="", metavar="DIR", help="whose runs the page /runs shows (default: where the served run is)")
     add("--certificate", default="", metavar="FILE", help="PEM, for TLS")
     add("--private-key", default="", metavar="FILE", help="PEM, for TLS")
 
@@ -212,7 +213,7 @@ def _keys_options(parser: Parser) -> None:
                 "--scope",
                 action="append",
                 default=[],
-                help="models, inference, metrics; may be repeated (default: two)",
+                help="models, inference, metrics, runs; may be repeated (default: the first two)",
             )
             verb.add_argument("--days", type=float, default=0.0, help="for how long it is good (default: for ever)")
             verb.add_argument("--owner", default="", help="whose chats it opens (default: its own)")

@@ -3,7 +3,8 @@
 The model is named after its run's folder, or as ``--model name=path`` says, which may be given more than once. What is
 served is chosen as in the terminal chat (`lyceum.cli.chat.find_checkpoint`); what `lyceum improve` offers of a run takes its
 place, at the start and while the server runs, unless ``--stage`` names a section. The page's conversations are kept in the first
-run's folder, or where ``--store`` says; the keys that it asks for are there too (`lyceum.cli.keys`).
+run's folder, or where ``--store`` says; the keys that it asks for are there too (`lyceum.cli.keys`). Its page of
+runs shows the folder that the first run is in, or ``--runs``.
 
 It only finds folders and hands them over: the server is `lyceum.serve.server`.
 """
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 def serve(args: argparse.Namespace) -> None:
     """Do what the command line asks.
 
-    Raises UsageError where it makes no sense, RunError or CheckpointError where there is nothing to serve.
+    Raises UsageError where it makes no sense or the folder of runs is not there, RunError or CheckpointError where there is
+    nothing to serve.
     """
     from lyceum.cli.chat import find_about, find_checkpoint
 
+    if args.runs and not Path(args.runs).is_dir():
+        raise UsageError(f"there is no folder {args.runs}", hint="--runs FOLDER: the one that holds the runs")
     choices: dict[str, Choice] = {}
     runs: dict[str, Path] = {}
     for name, path in named(args.path, args.model):
@@ -64,6 +68,7 @@ def serve(args: argparse.Namespace) -> None:
         store=args.store or str(run_folder(first.checkpoint)),
         about=find_about(first, saved_info(first.checkpoint)),
         runs=runs,
+        shelf=Path(args.runs) if args.runs else shelf_of(first.checkpoint),
         limits=limits,
     )
     run(folders, config)
@@ -76,6 +81,12 @@ def run_folder(checkpoint: Path) -> Path:
     """
     runs = [folder for folder in checkpoint.resolve().parents if (folder / "recipe.toml").is_file()]
     return runs[-1] if runs else checkpoint
+
+
+def shelf_of(checkpoint: Path) -> Path | None:
+    """The folder in which the run of a checkpoint stands beside others; None for one from elsewhere."""
+    run = run_folder(checkpoint)
+    return run.parent if (run / "recipe.toml").is_file() else None
 
 
 def saved_info(checkpoint: Path) -> dict[str, Any]:

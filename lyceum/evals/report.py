@@ -18,6 +18,7 @@ from typing import Any
 from lyceum.config import Recipe
 from lyceum.evals import compare_page, reward_page
 from lyceum.evals.plots import curve
+from lyceum.evals.runs import CURVES
 from lyceum.log import read_metrics, show_time
 from lyceum.run import read_state, write_json, write_text
 
@@ -43,32 +44,6 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
 MINUS = "_minus_"  # between two rows whose difference the table has
-
-ON_POLICY = (
-    ("objective/scores", "reward"),
-    ("objective/kl", "KL from where it began, nats a reply"),
-    ("tokens/end_rate", "share of replies that end"),
-    ("tokens/response_length", "tokens a reply"),
-)
-# section kind -> curves to draw: (metric in metrics.jsonl, title)
-CURVES = {
-    "pretrain": (
-        ("loss/text", "loss, nats a token"),
-        ("valid/bpb_docs", "docs, bits a byte"),
-        ("valid/bpb_code", "code, bits a byte"),
-    ),
-    "sft": (("loss/reply", "loss, nats a token"), ("valid/accuracy", "validation, share of tokens right")),
-    "reward": (("loss/ranking", "K-wise loss"), ("accuracy", "pairs in the ranked order")),
-    "preference": (
-        ("loss/preference", "loss"),
-        ("rewards/margins", "reward of better less worse"),
-        ("rewards/accuracies", "pairs in the ranked order"),
-        ("logps/chosen", "log-probability of better"),
-    ),
-    "ppo": ON_POLICY,
-    "tamer": (*ON_POLICY, ("tamer/presses", "presses of the trainer")),
-    "grpo": ON_POLICY,
-}
 
 
 def build(run_folder: Path, recipe: Recipe, *, redraw: bool = True) -> dict[str, Any]:

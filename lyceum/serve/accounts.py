@@ -16,6 +16,7 @@ What it is not: single conversations (`lyceum.serve.pages`), or the files' shape
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,8 +36,16 @@ from lyceum.serve.store import Store
 from lyceum.serve.wishes import Arrivals
 
 
-def accounts(service: Service, store: Store, answers: Answers, *, is_own_machine: bool) -> APIRouter:
-    """The routes. is_own_machine: judgements from a file keep the consent they were given with."""
+def accounts(
+    service: Service,
+    store: Store,
+    answers: Answers,
+    forgotten: Callable[[str], None] = lambda owner: None,
+    *,
+    is_own_machine: bool,
+) -> APIRouter:
+    """The routes. forgotten: told whose data have changed at one blow. is_own_machine: judgements from a file keep the consent
+    they were given with."""
     router = APIRouter(include_in_schema=False, default_response_class=Response)
 
     @router.get("/api/account/export")
@@ -49,13 +58,17 @@ def accounts(service: Service, store: Store, answers: Answers, *, is_own_machine
     @router.post("/api/account/import")
     async def arrive(request: Request) -> Response:
         wish, owner = await read(request, Arrivals, service), caller_of(request).id
-        return private(await asyncio.to_thread(_admitted, store, owner, wish, is_own_machine))
+        came = await asyncio.to_thread(_admitted, store, owner, wish, is_own_machine)
+        forgotten(owner)
+        return private(came)
 
     @router.delete("/api/account")
     async def forget(request: Request) -> Response:
         caller = caller_of(request)
         answers.stop_all(caller)
-        return private({"deleted": await asyncio.to_thread(store.forget, caller.id)})
+        num_deleted = await asyncio.to_thread(store.forget, caller.id)
+        forgotten(caller.id)
+        return private({"deleted": num_deleted})
 
     return router
 

@@ -18,7 +18,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from lyceum.corpus.records import Conversation, Message
 from lyceum.engine.stream import TextStream
@@ -31,9 +31,10 @@ from lyceum.serve.limits import Caller
 from lyceum.serve.models import Served
 from lyceum.serve.refusals import of_error, too_long
 from lyceum.serve.render import Blocks
-from lyceum.serve.service import Job, Service, off_loop
+from lyceum.serve.service import Service, Wanted, off_loop
 from lyceum.serve.store import Store
 from lyceum.serve.tree import StoredMessage
+from lyceum.serve.worker import News
 
 TELL_EVERY_S = 0.04  # to one reader; a frame or two of a screen
 MAX_FACTS = 10_000  # of the latest answers
@@ -41,6 +42,17 @@ LEAST_S = 0.02  # in which a speed can be measured
 LOOK_EVERY_S = 1.0  # at an answer that another server writes
 Told = dict[str, Any]
 AsJson = Callable[[StoredMessage], Told]
+
+
+class OneReply(Protocol):
+    """What writes an answer: a `lyceum.serve.service.Job` of one reply, or a `lyceum.serve.teaching.Recital`."""
+
+    served: Served
+    wanted: Wanted
+
+    def __aiter__(self) -> AsyncIterator[News]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Running:
 
     caller: Caller
     draft: Draft
-    job: Job
+    job: OneReply
     prompt: Prompt
     text: TextStream
     begun_at: float = field(default_factory=time.perf_counter)
@@ -158,13 +170,16 @@ class Answers:
         self.running: dict[str, Running] = {}
         self.facts: dict[str, Told] = {}  # of answers that this server has made: speed, messages that had no room
 
-    def begin(self, caller: Caller, draft: Draft, job: Job, prompt: Prompt, so_far: str = "") -> None:
-        """Let an answer write itself. so_far: the text of one that is gone on with."""
+    def begin(
+        self, caller: Caller, draft: Draft, job: OneReply, prompt: Prompt, so_far: str = ""
+    ) -> asyncio.Task[None]:
+        """Let an answer write itself; returns what ends when it is in the store. so_far: the text of one that is gone on with."""
         params = job.wanted[0][1]
         text = TextStream(job.served.tokenizer.token_bytes, stop_strings=params.stop_strings)
         running = Running(caller, draft, job, prompt, text, unmade=so_far)
         self.running[draft.message] = running
         running.task = asyncio.get_running_loop().create_task(self._run(running))
+        return running.task
 
     def stop(self, caller: Caller, message: str) -> bool:
         """Stop an answer: the engine lets it go before its next step. Returns whether it was under way."""

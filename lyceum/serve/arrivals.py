@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from sqlalchemy import Connection, insert
 
 from lyceum.corpus.records import Conversation, Message, ToolCall
@@ -41,6 +41,7 @@ MAX_MESSAGES = 20_000  # of one conversation
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 Time = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+Second = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,26 @@ def _prompt_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if given is None else _checked(Conversation, given)
 
 
+_SECONDS = TypeAdapter(Second, config=ConfigDict(strict=True))
+
+
+def _piece(given: list[Any]) -> list[Any]:
+    """A piece as it was shown: from, until, text. Raises ValueError for what is none."""
+    begin, until, text = given
+    if not isinstance(text, str) or _SECONDS.validate_python(begin) > _SECONDS.validate_python(until):
+        raise ValueError("a piece of an answer that was not shown like that")
+    return given
+
+
+def _press(given: list[Any]) -> list[Any]:
+    """A press: second, value. Raises ValueError for what is none."""
+    second, value = given
+    _SECONDS.validate_python(second)
+    if value not in (1, -1):
+        raise ValueError("a press is 1 or -1")
+    return given
+
+
 def _checked(kind: type[Message] | type[Conversation], given: dict[str, Any]) -> dict[str, Any]:
     """A record as it is written. Raises ValueError for what is none."""
     try:
@@ -68,6 +89,8 @@ def _checked(kind: type[Message] | type[Conversation], given: dict[str, Any]) ->
 Known = Annotated[dict[str, Any], AfterValidator(_parameters)]
 Said = Annotated[dict[str, Any], AfterValidator(partial(_checked, Message))]
 Asked = Annotated[dict[str, Any] | None, AfterValidator(_prompt_of)]
+Shown = Annotated[list[Any], AfterValidator(_piece)]
+Pressed = Annotated[list[Any], AfterValidator(_press)]
 
 
 class Part(BaseModel):
@@ -117,7 +140,7 @@ class ArrivedAnswer(Part):
 class ArrivedJudgement(Part):
     """A judgement, as `lyceum.serve.judgements.Judgement.to_json` writes it."""
 
-    kind: Literal["rating", "correction", "comparison", "ranking"]
+    kind: Literal["rating", "correction", "comparison", "ranking", "presses"]
     prompt: Asked = None
     answers: Annotated[list[ArrivedAnswer], Field(min_length=1, max_length=MOST_ANSWERS)]
     reason: Annotated[str, Field(max_length=MAX_REASON)] = ""
@@ -128,6 +151,8 @@ class ArrivedJudgement(Part):
     ranks: list[Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None = None
     acceptable: list[bool] | None = None
     choice: Annotated[int, Field(ge=0)] | Literal["tie", "none"] | None = None
+    shown: Annotated[list[Shown], Field(min_length=1, max_length=20_000)] | None = None
+    presses: Annotated[list[Pressed], Field(min_length=1, max_length=2_000)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ArrivedJudgement:
@@ -137,9 +162,11 @@ class ArrivedJudgement(Part):
     def verdict(self) -> dict[str, Any]:
         """What it says, as the store keeps it. Raises ValueError for what its kind does not say."""
         wanted = {"rating": {"value"}, "correction": {"text"}, "comparison": {"ranks", "choice"}, "ranking": {"ranks"}}
-        found = {name: getattr(self, name) for name in ("value", "text", "ranks", "acceptable", "choice")}
+        wanted["presses"] = {"shown", "presses"}
+        said = ("value", "text", "ranks", "acceptable", "choice", "shown", "presses")
+        found = {name: getattr(self, name) for name in said}
         found = {name: value for name, value in found.items() if value is not None}
-        one = self.kind in ("rating", "correction")
+        one = self.kind in ("rating", "correction", "presses")
         lengths = {len(found[name]) for name in ("ranks", "acceptable") if name in found}
         if found.keys() - {"acceptable"} != wanted[self.kind] or (len(self.answers) == 1) is not one:
             raise ValueError(f"a {self.kind} of {len(self.answers)} answers that says {', '.join(found) or 'nothing'}")

@@ -10,6 +10,7 @@
 | a correction | a ranking, the corrected text before the answer; and a conversation that ends in the corrected text |
 | a thumb | a rating, 1 or 0 |
 | a comparison that says "none" | a rating of 0 for each of its answers |
+| keys pressed while an answer was shown | a watched reply: its pieces with their times, and the presses |
 
 Left out, and counted by reason: what was given without consent; what the same person said again later of the same answers
 (`superseded`: the last one counts) or said twice in the same words of equal texts (`repeated`); what orders nothing
@@ -20,7 +21,8 @@ the system prompt. So all turns of a conversation are on one side, with every co
 its side when more feedback comes, and in every format (the reward model's held-out prompts are KTO's). InstructGPT splits
 by person (Ouyang et al. 2022, 3.2); on a machine for one there is only one.
 
-Not here: what is learned from them (`lyceum.stages.reward`, `lyceum.stages.preference`, `lyceum.stages.sft`).
+Not here: what is learned from them (`lyceum.stages.reward`, `lyceum.stages.preference`, `lyceum.stages.sft`,
+`lyceum.stages.tamer`).
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ from typing import Any
 
 from lyceum.corpus.records import Conversation, Message, Ranking, Rating, Row, content_id
 from lyceum.corpus.rows import json_line
+from lyceum.corpus.watched import Watched
 from lyceum.errors import DataError, UsageError, did_you_mean
 from lyceum.run import write_lines
 from lyceum.serve.database import Database
 from lyceum.serve.judgements import Answer, Judgement, Judgements
 
-Record = Ranking | Rating | Conversation
+Record = Ranking | Rating | Conversation | Watched
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Harvest:
     rankings: list[Ranking] = field(default_factory=list)
     ratings: list[Rating] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
+    watched: list[Watched] = field(default_factory=list)
     num_judgements: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -61,7 +65,7 @@ def harvest(judgements: Iterable[Judgement]) -> Harvest:
     seen: set[str] = set()
     for one in everything:
         texts = [answer.said.to_json() for answer in one.answers]
-        verdict = [one.value, one.text, one.ranks, one.acceptable, one.choice]
+        verdict = [one.value, one.text, one.ranks, one.acceptable, one.choice, one.shown, one.presses]
         words = json_line([one.owner, one.kind, one.prompt and one.prompt.to_json(), texts, verdict])
         if last[_target(one)] != one.id:
             found.left_out["superseded"] += 1
@@ -97,6 +101,8 @@ def read(place: str | Path) -> Harvest:
 def _target(one: Judgement) -> tuple[str, str, frozenset[str]]:
     """What a judgement is of: a later one of the same takes its place, a comparison that of a ranking too."""
     kind = "order" if one.kind in ("comparison", "ranking") else one.kind
+    if kind == "presses":  # each showing of an answer is taught by itself
+        return one.owner, f"presses {one.id}", frozenset()
     return one.owner, kind, frozenset(answer.message for answer in one.answers)
 
 
@@ -112,6 +118,9 @@ def _add(found: Harvest, one: Judgement, prompt: Conversation) -> str:
         meta = _meta(one, [{"model": "person"}, _about(answer)])
         found.rankings.append(Ranking(prompt, (right, answer.said), (1.0, 2.0), meta=meta))
         found.conversations.append(Conversation((*prompt.messages, right), prompt.tools, _meta(one)))
+    elif one.shown is not None:
+        meta = _meta(one, [_about(one.answers[0])])
+        found.watched.append(Watched(prompt, one.shown, one.presses or (), meta))
     elif one.ranks is not None:
         if one.choice == "none":
             found.ratings += [_rating(one, prompt, answer, 0.0) for answer in one.answers]
@@ -247,6 +256,7 @@ FORMATS: Mapping[str, Format] = {
     "hh": Format("rankings", _hh, "pairs as HH-RLHF's transcripts: chosen, rejected"),
     "kto": Format("ratings", _kto, "thumbs in TRL's columns for KTO: prompt, completion, label"),
     "messages": Format("conversations", _messages, "corrections as OpenAI's fine-tuning rows"),
+    "presses": Format("watched", _own, "replies as they were shown, with the keys pressed: for [tamer]"),
     "sharegpt": Format("conversations", _sharegpt, "corrections as ShareGPT's turns"),
 }
 

@@ -41,6 +41,7 @@ SCOPE_OF = {  # the scope that a path needs; all others need "inference"
     "/openapi.json": "models",
     "/v1/models": "models",
 }
+BELOW_SCOPE = {"/v1/models/": "models", "/api/runs": "runs"}  # and what begins like this
 LOCAL = ("localhost",)
 BODIES_BYTES = 64 << 20  # of all requests together
 
@@ -128,7 +129,8 @@ class Guard:
         if path in OPEN or path.startswith(BELOW):
             return EVERYBODY
         caller = await self.porter.caller(headers.get("authorization"))
-        caller.need(SCOPE_OF.get(path) or ("models" if path.startswith("/v1/models/") else "inference"))
+        below = next((scope for start, scope in BELOW_SCOPE.items() if path.startswith(start)), "inference")
+        caller.need(SCOPE_OF.get(path) or below)
         return caller
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:

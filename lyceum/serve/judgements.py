@@ -1,13 +1,15 @@
-"""What people say about answers: thumbs, corrections, comparisons, rankings.
+"""What people say about answers: thumbs, corrections, comparisons, rankings, and keys pressed while they are shown.
 
     store.judgements.rate("alice", answer, good=False, reason="wrong sum", consent=True)
     store.judgements.correct("alice", answer, "2 + 2 is 4.", consent=True)
     store.judgements.compare("alice", shown=[left, right], best=right, consent=True)     # or "tie", or "none"
     store.judgements.rank("alice", shown=[a, b, c], ranks=[2, 1, 2], consent=True)
+    store.judgements.press("alice", answer, shown=[(0.0, 0.4, "Four"), ...], presses=[(0.9, 1.0)], consent=True)
 
 A judgement is whole in itself: the prompt as the answers were made under it, the answers' text as judged, their models,
 parameters and order on the screen, who, when, and whether it may be learned from. So it outlives an edit or a deletion of
-what was judged. Nothing is overwritten: who changes their mind judges again, and `lyceum.serve.feedback` takes the last.
+what was judged. Nothing is overwritten: who changes their mind judges again, and `lyceum.serve.feedback` takes the last. Only
+presses, which come one by one while an answer is shown, take the place of what there was of the same showing.
 
 All answers of a comparison or a ranking stand in the same place: the same parent, made under the same system prompt.
 Tools are part of the prompt where an answer's parameters hold them (`tools`, OpenAI's shape).
@@ -29,10 +31,12 @@ from lyceum.serve.database import Database
 from lyceum.serve.tables import JUDGEMENTS
 from lyceum.serve.tree import StoredMessage, messages_of, need_owner, need_whole, new_id, own, own_message, path_to
 
-KINDS = ("rating", "correction", "comparison", "ranking")
+KINDS = ("rating", "correction", "comparison", "ranking", "presses")
 MOST_ANSWERS = 16  # side by side; nobody ranks more with care
 MAX_REASON = 10_000  # characters
 BATCH = 500
+
+Piece = tuple[float, float, str]  # of an answer as it was shown: from second, until second, text
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Judgement:
 
     prompt: None where an answer was the first message of its conversation. value: of a rating, 1 good and 0 bad. text: of
     a correction. ranks: 1 is best, equal numbers are ties. acceptable: whether each is good enough in itself. choice: of
-    a comparison, the place of the best from 0, or "tie", or "none".
+    a comparison, the place of the best from 0, or "tie", or "none". shown, presses: the pieces of an answer as they were shown,
+    and the keys that were pressed meanwhile: (second, value), 1 good and -1 bad.
     """
 
     id: str
@@ -77,6 +82,8 @@ class Judgement:
     ranks: tuple[float, ...] | None = None
     acceptable: tuple[bool, ...] | None = None
     choice: int | str | None = None
+    shown: tuple[Piece, ...] | None = None
+    presses: tuple[tuple[float, float], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """It as JSON, without what is None."""
@@ -156,6 +163,58 @@ class Judgements:
             verdict["acceptable"] = [bool(one) for one in acceptable]
         return self._add(owner, "ranking", shown, verdict, reason, consent)
 
+    def press(
+        self,
+        owner: str,
+        answer: str,
+        shown: Sequence[Piece],
+        presses: Sequence[tuple[float, float]],
+        *,
+        consent: bool,
+        replaces: str = "",
+    ) -> str:
+        """Keys pressed while an answer was shown; returns the judgement's id, "" where nothing was pressed.
+
+        Args:
+            owner: whose answer it is.
+            answer: its id.
+            shown: its pieces, as in `Judgement`.
+            presses: (second, value); none takes back what there was.
+            consent: whether it may be learned from.
+            replaces: the judgement whose place it takes.
+
+        Raises:
+            NotFound: the answer.
+            StoreError: it is no finished answer, or these are no presses.
+        """
+        times = [second for begin, until, _ in shown for second in (begin, until)]
+        is_right = all(map(math.isfinite, times)) and all(map(math.isfinite, (x for press in presses for x in press)))
+        if not is_right or any(value not in (1, -1) for _, value in presses):
+            raise StoreError("presses that are none", hint="(second, value), the value 1 or -1")
+        if not presses:
+            if replaces:
+                self.withdraw(owner, replaces)
+            return ""
+        verdict = {"shown": [list(piece) for piece in shown], "presses": [list(press) for press in presses]}
+        return self._add(owner, "presses", [answer], verdict, "", consent, replaces).id
+
+    def presses(self, owner: str, model: str | None = None) -> list[Judgement]:
+        """An owner's presses, on answers of one model or of all, oldest first."""
+        table = JUDGEMENTS.c
+        mine = (table.owner == need_owner(owner), table.kind == "presses")
+        with self.database.reading() as connection:
+            rows = connection.execute(select(JUDGEMENTS).where(*mine).order_by(table.number))
+            found = [_judgement(row) for row in rows]
+        return [one for one in found if model in (None, one.answers[0].model)]
+
+    def forget_presses(self, owner: str, model: str) -> int:
+        """Delete an owner's presses on the answers of a model; returns how many answers they were on."""
+        gone = [one.id for one in self.presses(owner, model)]
+        with self.database.writing() as connection:
+            for at in range(0, len(gone), BATCH):
+                connection.execute(delete(JUDGEMENTS).where(JUDGEMENTS.c.id.in_(gone[at : at + BATCH])))
+        return len(gone)
+
     def of(self, owner: str, conversation: str | None = None) -> list[Judgement]:
         """An owner's judgements, in one conversation or in all, oldest first. Raises NotFound."""
         query = select(JUDGEMENTS).where(JUDGEMENTS.c.owner == need_owner(owner)).order_by(JUDGEMENTS.c.number)
@@ -195,7 +254,14 @@ class Judgements:
                 yield _judgement(row)
 
     def _add(
-        self, owner: str, kind: str, shown: Sequence[str], verdict: dict[str, Any], reason: str, consent: bool
+        self,
+        owner: str,
+        kind: str,
+        shown: Sequence[str],
+        verdict: dict[str, Any],
+        reason: str,
+        consent: bool,
+        replaces: str = "",
     ) -> Judgement:
         least = 2 if "ranks" in verdict else 1
         if not least <= len(shown) <= MOST_ANSWERS or len(set(shown)) < len(shown):
@@ -220,6 +286,9 @@ class Judgements:
                 "consent": consent,
                 "created": time.time(),
             }
+            if replaces:
+                mine = (JUDGEMENTS.c.id == replaces, JUDGEMENTS.c.owner == owner)
+                connection.execute(delete(JUDGEMENTS).where(*mine))
             return _judgement(connection.execute(insert(JUDGEMENTS).values(row).returning(JUDGEMENTS)).one())
 
 
@@ -242,9 +311,7 @@ def _prompt(connection: Connection, answers: Sequence[StoredMessage]) -> Convers
 
 
 def _judgement(row: Row[Any]) -> Judgement:
-    verdict: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in row.verdict.items()
-    }
+    verdict: dict[str, Any] = {name: _frozen(value) for name, value in row.verdict.items()}
     return Judgement(
         id=row.id,
         owner=row.owner,
@@ -257,3 +324,7 @@ def _judgement(row: Row[Any]) -> Judgement:
         created=row.created,
         **verdict,
     )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

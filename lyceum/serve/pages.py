@@ -14,6 +14,7 @@
 | GET /api/messages/{id}/events | an answer under way, as server-sent events, from any block on |
 | POST /api/messages/{id}/thumb, /correction | judge it; correct it in its place |
 | POST /api/comparisons | which of two answers is better |
+| POST /api/messages/{id}/presses; GET, DELETE /api/teaching | keys pressed while it is shown (`lyceum.serve.teaching`) |
 | GET /api/account/export; POST /api/account/import; DELETE /api/account | all of somebody's data (`lyceum.serve.accounts`) |
 
 Every object is read by its owner, who is the caller that the guard found; another's is not there (404). The store blocks, so
@@ -38,7 +39,7 @@ from starlette.responses import Response
 
 from lyceum.log import log
 from lyceum.serve.accounts import accounts
-from lyceum.serve.answering import Answers, Prompt, Told, prompt_of
+from lyceum.serve.answering import Answers, OneReply, Prompt, Told, prompt_of
 from lyceum.serve.app import PRIVATE, EventStream, private, read
 from lyceum.serve.chat import chat_of
 from lyceum.serve.guard import caller_of
@@ -49,11 +50,12 @@ from lyceum.serve.protocol import Sampled
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.render import render
 from lyceum.serve.sampled import params_of
-from lyceum.serve.service import Job, Service
+from lyceum.serve.service import Service
 from lyceum.serve.site import site
 from lyceum.serve.store import Hit, Store
+from lyceum.serve.teaching import Recital, Teaching, teaching_routes
 from lyceum.serve.tree import StoredConversation, StoredMessage, Thread, path_to
-from lyceum.serve.wishes import EXACT, Again, Begin, Change, Comparison, Correction, Nothing, Thumb, Turn
+from lyceum.serve.wishes import EXACT, Again, Begin, Change, Comparison, Correction, Nothing, Teach, Thumb, Turn
 
 T = TypeVar("T")
 PAGE = 40  # conversations in one part of the list
@@ -61,14 +63,20 @@ SETTLE_EVERY_S = 30.0
 
 
 def pages(
-    service: Service, store: Store, *, about: Mapping[str, Any] | None = None, is_own_machine: bool = True
+    service: Service,
+    store: Store,
+    *,
+    about: Mapping[str, Any] | None = None,
+    is_own_machine: bool = True,
+    teaching: Teaching | None = None,
 ) -> APIRouter:
     """The routes of the page.
 
     about: what the model studied and what to ask it (`studied`, `cannot`, `ask`), from its lessons. is_own_machine: nobody
     but its owner uses the server, so that judgements may be learned from unless the box is unticked; else unless it is ticked.
+    teaching: what is being taught; by default nothing yet.
     """
-    desk = Desk(service, store)
+    desk = Desk(service, store, teaching or Teaching(service, store))
 
     @asynccontextmanager
     async def life(app: Any) -> AsyncIterator[None]:
@@ -79,7 +87,9 @@ def pages(
 
     router = APIRouter(lifespan=life)
     router.include_router(site())
-    router.include_router(accounts(service, store, desk.answers, is_own_machine=is_own_machine))
+    forgotten = desk.teaching.drop
+    router.include_router(accounts(service, store, desk.answers, forgotten, is_own_machine=is_own_machine))
+    router.include_router(teaching_routes(desk.teaching))
 
     def route(method: str, path: str) -> Callable[..., Any]:
         return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)
@@ -212,8 +222,8 @@ async def settle_now_and_then(store: Store) -> None:
 class Desk:
     """What the routes do."""
 
-    def __init__(self, service: Service, store: Store):
-        self.service, self.store = service, store
+    def __init__(self, service: Service, store: Store, teaching: Teaching):
+        self.service, self.store, self.teaching = service, store, teaching
         self.answers = Answers(service, store)
 
     async def ask(self, work: Callable[..., T], *given: Any, **named: Any) -> T:
@@ -266,6 +276,7 @@ class Desk:
         for message in thread.messages:
             self.answers.stop(caller, message.id)
         await self.ask(self.store.delete, caller.id, id)
+        self.teaching.drop(caller.id)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -275,19 +286,21 @@ class Desk:
         """Let one model or two answer a path; says: its last message is new. Returns the messages that are new."""
         kept = {name: value for name, value in wish.parameters.kept().items() if name not in ("model", "second")}
         names = random.SystemRandom().sample(wish.models, len(wish.models))  # which stands left is drawn by lot
-        opened: list[tuple[Job, Prompt, dict[str, Any]]] = []
+        opened: list[tuple[OneReply, Prompt, dict[str, Any]]] = []
         pair = f"pair_{secrets.token_hex(8)}"
         new: list[StoredMessage] = []
         try:
             for place, name in enumerate(names):
                 parameters = dict(kept)
                 if "temperature" not in kept:  # the likeliest first, as in the terminal; another one, or two, are drawn
-                    parameters["temperature"] = 0.0 if says and len(names) == 1 else 1.0
+                    parameters["temperature"] = 0.0 if says and len(names) == 1 and wish.teach is None else 1.0
                 if "seed" not in kept or place:
                     parameters["seed"] = secrets.randbelow(EXACT)
-                job, prompt = await self.open(caller, name, thread.about.system, path, parameters)
+                job, prompt = await self.open(caller, name, thread.about.system, path, parameters, teach=wish.teach)
                 if len(names) == 2:
                     parameters |= {"pair": pair, "side": ("left", "right")[place]}
+                if isinstance(job, Recital) and wish.teach is not None:
+                    parameters["taught"] = {**wish.teach.model_dump(), "answers": len(job.pupil.lessons)}
                 parameters["checkpoint"] = job.served.fingerprint  # a name outlives its model
                 opened.append((job, prompt, parameters))
             parent = path[-1].id
@@ -306,8 +319,10 @@ class Desk:
                     model=job.served.name,
                     parameters=parameters,
                 )
-                self.answers.begin(caller, draft, job, prompt)
+                answering = self.answers.begin(caller, draft, job, prompt)
                 opened.pop(0)
+                if isinstance(job, Recital):
+                    self.teaching.begun(draft.message, caller, job, answering)
                 new.append(await self.ask(self.store.message, caller.id, draft.message))
         finally:
             for job, _, _ in opened:
@@ -322,8 +337,9 @@ class Desk:
         path: Sequence[StoredMessage],
         parameters: Mapping[str, Any],
         begun: str = "",
-    ) -> tuple[Job, Prompt]:
-        """A model begins to answer. Raises Refusal."""
+        teach: Teach | None = None,
+    ) -> tuple[OneReply, Prompt]:
+        """A model begins to answer; with `teach`, to somebody who presses keys meanwhile. Raises Refusal."""
         served = self.service.model(name)
         chat_of(served)
         prompt = await prompt_of(served, system, path, begun)
@@ -331,6 +347,8 @@ class Desk:
         longest = parameters.get("max_tokens") or served.context_length
         most = min(longest, self.service.limits.max_tokens or longest, served.context_length)
         params = params_of(Sampled(**{**known, "model": name}), served, max_tokens=most)
+        if teach is not None:
+            return await self.teaching.open(served, prompt.ids, params, caller, teach), prompt
         return await self.service.open(served, [(prompt.ids, params)], caller, follows=True), prompt
 
     async def go_on(self, caller: Caller, id: str) -> Told:
@@ -412,4 +430,6 @@ def _mark(one: Judgement) -> Told:
     """What the page shows of a judgement beside the answer."""
     if one.kind == "rating":
         return {"thumb": 1 if one.value else -1}
+    if one.kind == "presses":
+        return {"presses": [value for _, value in one.presses or ()]}
     return {"corrected": True} if one.kind == "correction" else {"judged": True}

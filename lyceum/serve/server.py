@@ -31,6 +31,7 @@ from lyceum.serve.models import load
 from lyceum.serve.offers import Offers
 from lyceum.serve.pages import pages
 from lyceum.serve.porter import Porter
+from lyceum.serve.runs import runs_routes
 from lyceum.serve.service import Service
 from lyceum.serve.store import Store
 
@@ -47,7 +48,8 @@ class ServerConfig:
     steps of small models while they serve. certificate, private_key: PEM
     files, for TLS. store: where conversations and judgements are kept, as `lyceum.serve.database` has it; without one there is no
     chat page. about: what the models studied and what to ask them, which the page shows. runs: name -> the run
-    whose offers that model follows (`lyceum.serve.offers`).
+    whose offers that model follows (`lyceum.serve.offers`). shelf: the folder whose runs the runs page shows
+    (`lyceum.serve.runs`).
     """
 
     host: str = "127.0.0.1"
@@ -62,6 +64,7 @@ class ServerConfig:
     store: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
     runs: Mapping[str, Path] = field(default_factory=dict)
+    shelf: Path | None = None
     limits: Limits = field(default_factory=Limits)
 
     def porter(self, store: Store | None) -> Porter:
@@ -113,6 +116,7 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         routers = []
         if store is not None:
             routers.append(pages(service, store, about=config.about, is_own_machine=not porter.asks))
+            routers.append(runs_routes(config.shelf))
         app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"

@@ -5,17 +5,20 @@ What it is not: what becomes of them (`lyceum.serve.pages`).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from lyceum.serve.protocol import Wish
+from lyceum.serve.refusals import Refusal
 
 EXACT = 1 << 53  # JavaScript's numbers are exact below
 
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000)]
 Model = Annotated[str, Field(max_length=256)]
 Id = Annotated[str, Field(max_length=64)]
+Second = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
 
 
 class Parameters(Wish):
@@ -57,11 +60,24 @@ class Change(Wish):
     leaf: Id | None = None
 
 
+class Teach(Wish):
+    """How an answer is told to somebody who teaches: candidates for each segment, and tokens shown a second."""
+
+    candidates: Annotated[int, Field(ge=1, le=16)] = 4
+    pace: Annotated[float, Field(ge=0.5, le=50, allow_inf_nan=False)] = 6.0
+
+
 class Again(Wish):
-    """Answers: one from each model named, one or two."""
+    """Answers: one from each model named, one or two; one where it is taught while it talks."""
 
     models: Annotated[list[Model], Field(min_length=1, max_length=2)]
     parameters: Parameters = Field(default_factory=Parameters)
+    teach: Teach | None = None
+
+    def check(self) -> None:
+        """Raises Refusal where two are to be taught at once."""
+        if self.teach is not None and len(self.models) > 1:
+            raise Refusal(400, "One answer at a time can be taught.", param="teach")
 
 
 class Turn(Again):
@@ -105,3 +121,27 @@ class Arrivals(Wish):
 
     conversations: Annotated[list[dict[str, Any]], Field(max_length=5000)] = Field(default_factory=list)
     judgements: Annotated[list[dict[str, Any]], Field(max_length=5000)] = Field(default_factory=list)
+
+
+class Presses(Wish):
+    """An answer as one view of the page has shown it so far, and the keys pressed meanwhile; all of both, each time.
+
+    view: a name that the page gives to its showing. shown_tokens, shown_s: so many tokens were on the screen from this second on.
+    press_s, press_values: when, and 1 for good or -1 for bad.
+    """
+
+    view: Annotated[str, Field(min_length=1, max_length=64)]
+    shown_tokens: Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=1, max_length=20_000)]
+    shown_s: Annotated[list[Second], Field(max_length=20_000)]
+    press_s: Annotated[list[Second], Field(max_length=2_000)]
+    press_values: Annotated[list[Literal[-1, 1]], Field(max_length=2_000)]
+    consent: bool = False
+
+    def check(self) -> None:
+        """Raises Refusal where its lists do not fit together."""
+        if len(self.shown_tokens) != len(self.shown_s) or len(self.press_s) != len(self.press_values):
+            raise Refusal(400, "Of what was shown and pressed there must be as many times.", param="shown_s")
+        for name in ("shown_tokens", "shown_s"):
+            numbers = getattr(self, name)
+            if any(a > b or (a == b and name == "shown_tokens") for a, b in pairwise(numbers)):
+                raise Refusal(400, f"'{name}' does not rise.", param=name)

@@ -297,7 +297,7 @@ class OnPolicy(Stage[Batch]):
         self.fill_in(rollout)
         if not self.is_proven:
             check_sampler(rollout, config.max_logprob_gap)
-            if self.iteration == 0:
+            if self.is_reference:
                 check_reference(rollout, config.max_logprob_gap)
         if self.is_single:
             rollout.logp_old_BT = rollout.sampled_BT.clone()
@@ -361,6 +361,11 @@ class OnPolicy(Stage[Batch]):
             self.values, self.config.temperature, head_VD=self.head(), asks_policy=not (self.is_single and self.is_proven),
             num_workers=workers.num_workers(self.config.micro_tokens),
         )  # fmt: skip
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether what draws is still the reference, so that they can be compared."""
+        return self.iteration == 0
 
     def head(self) -> Tensor:
         """The output embedding (V, D) of what draws."""

@@ -30,6 +30,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,10 +41,11 @@ from lyceum import dist
 from lyceum.batches.pack import bucket, pad
 from lyceum.batches.pairs import Prompts
 from lyceum.config import setting
+from lyceum.corpus.watched import read_watched
 from lyceum.engine.engine import Engine
-from lyceum.engine.stream import TextStream
-from lyceum.engine.tamer import Delay, Human, Press, Shown, credited
-from lyceum.errors import ConfigError, UsageError
+from lyceum.engine.stream import TextStream, offsets
+from lyceum.engine.tamer import Delay, Human, Press, Shown, credited, times_of
+from lyceum.errors import ConfigError, DataError, UsageError
 from lyceum.model.transformer import Decoder
 from lyceum.stages.ppo import PPO, PPOConfig
 from lyceum.stages.rewards import Ids, RewardSource, Score, find_function, last_turn
@@ -74,6 +76,7 @@ class TamerConfig(PPOConfig):
     human_rate: float = setting(0.5, "step of the human reward's regression", low=0.0, high=1.0)
     human_passes: int = setting(20, "steps of it an iteration", low=1)
     trainer: str = setting("", "function that presses keys while replies are shown, as file.py:function")
+    presses: str = setting("", "file of watched replies, whose presses teach before the first iteration")
     likes: str = setting(
         "", "in its place: function that gives 1, -1 or 0 for each piece of a reply; a simulated trainer presses"
     )
@@ -207,6 +210,37 @@ def named_trainer(config: TamerConfig, function: Callable[..., Any], chat: ChatF
     return SimulatedTrainer(likes, config.tokens_per_s, delay, seed, config.attention)
 
 
+@dataclass(frozen=True)
+class LoggedLesson:
+    """A reply that somebody watched: its tokens, and of each the label and the credit."""
+
+    prompt: Ids
+    response: Ids
+    labels: Sequence[float]
+    weights: Sequence[float]
+
+
+def logged(path: Path, chat: ChatFormat, delay: Delay, room: int) -> list[LoggedLesson]:
+    """Lessons from a file of watched replies (`lyceum.corpus.watched`), as live teaching leaves them.
+
+    room: most tokens of a prompt and its reply; of longer ones the oldest tokens of the prompt and the end of the reply go.
+    Raises DataError where the file holds none.
+    """
+    found = []
+    for watched in read_watched(path):
+        prompt, response = chat.prompt(watched.prompt), chat.tokenizer.encode(watched.text)[: room - 1]
+        if not response:
+            continue
+        times = times_of(watched.shown, offsets(chat.tokenizer.token_bytes, response))
+        labels, weights = credited(times, [Press(*press) for press in watched.presses], delay)
+        found.append(LoggedLesson(prompt[-(room - len(response)) :], response, labels, weights))
+    if not found:
+        raise DataError(
+            "no watched reply", file=path, hint="lyceum feedback export RUN --to presses.jsonl --format presses"
+        )
+    return found
+
+
 # ---------------------------------------------------------------- equations
 
 
@@ -253,15 +287,19 @@ class TamerPPO(PPO):
             ConfigError: nobody watches, or the function is not there.
         """
         config, named = self.config, self.config.trainer or self.config.likes
-        if self.trainer is nobody and not named:
+        if self.trainer is nobody and not named and not config.presses:
             raise ConfigError(
                 "a [tamer] section needs somebody who watches",
-                hint="trainer = 'file.py:function' presses keys; likes = 'file.py:function' has a simulated trainer do it",
+                hint="trainer = 'file.py:function' presses keys; likes = 'file.py:function' has a simulated trainer do it; "
+                "presses = 'file.jsonl' is a log of them",
             )
         function = find_function(named, work.recipe.path.parent) if named else None
         super().start(work)
         if function is not None and self.trainer is nobody:
             self.trainer = named_trainer(config, function, ChatFormat(self.tokenizer), work.seed)
+        if config.presses:
+            chat, room = ChatFormat(self.tokenizer), self.policy.spec.context_length
+            self.learn_before(logged(Path(config.presses), chat, self.delay, room))
 
     def begin(self, policy: Decoder, prompts: Prompts, **given: Any) -> None:
         """As PPO's; the trainer is not known yet."""
@@ -314,6 +352,15 @@ class TamerPPO(PPO):
         self.seen = None
         return {"tamer/presses": sums["presses"], "tamer/error": sums["error"] / max(sums["weight"], 1e-12)}
 
+    @torch.no_grad()
+    def learn_before(self, lessons: Sequence[LoggedLesson]) -> None:
+        """What was pressed before, on any replies, taught to the human reward by the policy as it begins; every rank the same."""
+        phi_ND, action_N, _ = self._states([one.prompt for one in lessons], [one.response for one in lessons])
+        label_N = phi_ND.new_tensor([x for one in lessons for x in one.labels])
+        weight_N = phi_ND.new_tensor([x for one in lessons for x in one.weights])
+        for _ in range(self.config.human_passes):
+            self.human.step(*self.human.gradient(phi_ND, action_N, label_N, weight_N), self.config.human_rate)
+
     def note(self, rollout: Rollout, kl_BT: Tensor, counted: dict[str, float]) -> None:
         """Adds what the trainer did, and learns from it."""
         super().note(rollout, kl_BT, counted)
@@ -345,6 +392,11 @@ class TamerPPO(PPO):
         else:
             self._engine.update_weights(acting)
         return self._engine
+
+    @property
+    def is_reference(self) -> bool:
+        """Not where presses from before have biased the first replies already."""
+        return super().is_reference and not bool(self.addition_VD.any())
 
     def head(self) -> Tensor:
         """The policy's with its bias, as it drew."""

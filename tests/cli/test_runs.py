@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lyceum.cli.main import main
-from lyceum.cli.runs import compare, is_run, read_run, table
+from lyceum.cli.runs import table
+from lyceum.evals.runs import compare, is_run, read_run
 
 RECIPE = 'name = "{name}"\nseed = {seed}\n\n[model]\ndepth = 4\n\n[corpus]\nobjects = 5\n\n[sft]\nlr = {lr}\n'
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lyceum.engine.tamer import Delay, Human, Press, credit, credited
+from lyceum.engine.tamer import Delay, Human, Lesson, Press, Taste, credit, credited, times_of
 from lyceum.errors import UsageError
 
 QUARTERS = [(i / 4, (i + 1) / 4) for i in range(8)]  # four tokens a second, for two seconds
@@ -99,3 +99,58 @@ def test_steps_may_be_summed_over_ranks() -> None:
     parts = [human.gradient(phi[s], action[s], label[s], weight[s]) for s in (slice(0, 3), slice(3, 10))]
     for one, two, three in zip(whole, *parts, strict=True):
         torch.testing.assert_close(one, two + three)
+
+
+# -- live: segments, and a head over all of them
+
+
+def test_a_segment_is_the_newest_until_the_next_begins_and_the_last_for_good() -> None:
+    lesson = Lesson.of(torch.eye(3), [0.0, 1.0, 1.5], [Press(1.4, 1.0), Press(9.0, -1.0)], Delay(0.2, 0.8))
+    # the first press means 0.6 to 1.2: two thirds of it before the second segment began; the late one can only mean the last
+    assert lesson.weight_N.tolist() == pytest.approx([2 / 3, 1 / 3, 1.0])
+    assert lesson.label_N.tolist() == [1, 1, -1]
+
+
+def test_a_taste_is_the_credit_weighted_ridge_regression_either_way_it_is_solved() -> None:
+    chance = torch.Generator().manual_seed(2)
+    for num, width in ((6, 20), (60, 5)):
+        phi = torch.randn(num, width, generator=chance) + 3.0
+        label = torch.randint(0, 2, (num,), generator=chance) * 2.0 - 1
+        weight = torch.rand(num, generator=chance)
+        weight[::3] = 0  # shown, and no press reached them
+        parts = [Lesson(phi[s], label[s], weight[s]) for s in (slice(0, 4), slice(4, num))]
+        taste = Taste(parts, ridge=0.7)
+        x = phi.double() - phi.double().mean(0)
+        x = x / x.square().sum(1).mean().sqrt()
+        c = weight.double()[:, None]
+        by_hand = torch.linalg.solve(x.T @ (c * x) + 0.7 * torch.eye(width).double(), x.T @ (c[:, 0] * label.double()))
+        torch.testing.assert_close(taste.weight_D, by_hand)
+        torch.testing.assert_close(taste.values(phi), x @ by_hand)
+        assert taste.num_presses == pytest.approx(float(weight.sum()))
+
+
+def test_a_taste_knows_what_is_liked_from_likes_alone_and_nothing_from_silence() -> None:
+    rows = torch.tensor(
+        [[5.0, 1.0, 0.0], [5.0, 0.0, 1.0], [5.0, 0.0, 1.0], [5.0, 1.0, 0.0]]
+    )  # much in all of them is alike
+    taste = Taste([Lesson(rows, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0]))])
+    liked, other = taste.values(torch.tensor([[5.0, 1.0, 0.0], [5.0, 0.0, 1.0]])).tolist()
+    assert liked > 0 > other
+    untaught = Taste([Lesson(rows, torch.zeros(4), torch.zeros(4))])
+    assert not untaught.is_taught and not Taste().is_taught
+    assert untaught.values(rows).tolist() == [0.0] * 4
+
+
+def test_tokens_are_shown_with_the_piece_that_their_first_character_is_in() -> None:
+    pieces = [(0.0, 1.0, "ab"), (1.0, 1.5, ""), (1.5, 2.5, "cdé"), (2.5, 3.0, "f")]
+    # tokens: a, b | cd, é | f, and one behind the end
+    assert times_of(pieces, [0, 1, 2, 4, 5, 6]) == [
+        (0.0, 0.5),
+        (0.5, 1.0),
+        (1.5, 2.0),
+        (2.0, 2.5),
+        (2.5, 2.75),
+        (2.75, 3.0),
+    ]
+    with pytest.raises(UsageError, match="no text was shown"):
+        times_of([], [0])

@@ -410,20 +410,26 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
     """A server with the chat page, whose models say what a script makes of what is said; `running.engines` are they."""
     pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
     pages, store_of = importlib.import_module("lyceum.serve.pages"), importlib.import_module("lyceum.serve.store").Store
+    runs_routes = importlib.import_module("lyceum.serve.runs").runs_routes
+    teaching = importlib.import_module("lyceum.serve.teaching").Teaching
     opened: list[tuple[Running, Any]] = []
 
     def make(
         script: Callable[[str, SamplingParams], str] = lambda text, params: f"You said: {text}", *, pause_s: float = 0.0,
         names: tuple[str, ...] = ("demo",), about: Mapping[str, Any] | None = None, porter: Porter | None = None,
-        lines: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+        lines: Mapping[str, Sequence[Any]] = MappingProxyType({}), shelf: Path | None = None,
+        engine: Callable[..., Any] = Scripted,
     ) -> Running:  # fmt: skip
-        engines = {name: Scripted(tokenizer, script, pause_s) for name in names}
+        engines = {name: engine(tokenizer, script, pause_s) for name in names}
         served = [serve(name, e, tokenizer, lineage=lines.get(name, ())) for name, e in engines.items()]  # type: ignore[arg-type]
         service = Service(served)
         store = store_of.open(tmp_path / "store.sqlite")
-        app = make_app(service, porter=porter, routers=[pages.pages(service, store, about=about)])
+        taught = teaching(service, store)
+        routers = [pages.pages(service, store, about=about, teaching=taught), runs_routes(shelf)]
+        app = make_app(service, porter=porter, routers=routers)
         running: Any = Running(service, app, service.limits)
         running.engines, running.store = engines, store
+        running.teaching = taught
         opened.append((running, store))
         return running
 

@@ -17,6 +17,7 @@ from lyceum.corpus.records import (
     read_rankings,
     read_ratings,
 )
+from lyceum.corpus.watched import read_watched
 from lyceum.errors import DataError, StoreError, UsageError
 from lyceum.serve.feedback import FORMATS, export, harvest, is_held_out, pairs
 from lyceum.serve.store import Store
@@ -207,7 +208,30 @@ def test_our_own_formats_are_read_back_whole(told: Path, tmp_path: Path, alice: 
         assert chat.messages == got.conversations[0].messages
 
 
-def test_every_format_is_of_a_kind_of_record_and_writes_something(told: Path, tmp_path: Path) -> None:
+def test_presses_are_a_watched_reply_that_grows_in_its_place_and_each_showing_counts(
+    alice: Person, tmp_path: Path
+) -> None:
+    (answer,) = alice.ask("2 + 2?", "4 it is")
+    shown = [(0.0, 0.5, "4"), (0.5, 1.2, " it is")]
+    first = alice.judge.press("alice", answer, shown[:1], [(0.4, 1.0)], consent=True)
+    alice.judge.press("alice", answer, shown, [(0.4, 1.0), (1.1, -1.0)], consent=True, replaces=first)
+    alice.judge.press("alice", answer, shown, [(0.7, -1.0)], consent=True)  # another showing
+    alice.judge.press("alice", answer, shown, [(0.7, -1.0)], consent=False)
+    got = found(alice)
+    assert [one.presses for one in got.watched] == [((0.4, 1.0), (1.1, -1.0)), ((0.7, -1.0),)]
+    assert got.watched[0].shown == tuple(shown) and got.left_out == {"no_consent": 1}
+    assert list(read_watched(export(tmp_path, tmp_path / "out.jsonl", "presses", held_out=0).path)) == got.watched
+    assert alice.judge.press("alice", answer, shown, [], consent=True) == ""
+    for wrong in ([(0.4, 2.0)], [(float("nan"), 1.0)]):
+        with pytest.raises(StoreError, match="presses that are none"):
+            alice.judge.press("alice", answer, shown, wrong, consent=True)
+    assert alice.judge.forget_presses("alice", "other") == 0 and alice.judge.forget_presses("alice", "demo") == 3
+    assert not found(alice).watched
+
+
+def test_every_format_is_of_a_kind_of_record_and_writes_something(told: Path, tmp_path: Path, alice: Person) -> None:
+    (answer,) = alice.ask("5 + 5?", "10")
+    alice.judge.press("alice", answer, [(0.0, 0.5, "1"), (0.5, 1.0, "0")], [(0.9, 1.0)], consent=True)
     for format in FORMATS:
         assert export(told, tmp_path / "out.jsonl", format, held_out=0).num_rows > 0
 

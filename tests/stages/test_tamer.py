@@ -13,10 +13,11 @@ import torch
 from on_policy_toy import SMALL, SPEC, TamerToy, Toy, likes_fives, lines, train, weights, work_in
 
 from lyceum.corpus.records import Conversation, Message, write_records
+from lyceum.corpus.watched import Watched
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.tamer import Delay, Press
-from lyceum.errors import ConfigError, UsageError
+from lyceum.errors import ConfigError, DataError, UsageError
 from lyceum.model.checkpoint import load_checkpoint, save_checkpoint
 from lyceum.model.spec import ModelSpec
 from lyceum.model.transformer import Decoder
@@ -203,6 +204,27 @@ def test_a_recipes_trainer_watches_texts_and_teaches(who: dict[str, Any], school
     assert min(report["first_and_last_iteration"]["presses"]) > 0
     assert lines(tmp_path)[-1]["objective/dense_reward"] != 0 and lines(tmp_path)[0]["objective/dense_reward"] == 0
     assert load_checkpoint(tmp_path / "checkpoint").info["stage"] == "tamer"
+
+
+def test_a_log_of_presses_teaches_before_the_first_iteration(school: Path, tmp_path: Path) -> None:
+    prompt = Conversation((Message("user", "what?"),))
+    log = tmp_path / "presses.jsonl"
+    # by a delay from 0.2 to 0.8 the first press means 1.1 to 1.7 s, all of it " no", and the second 2.1 to 2.7 s, " yes"
+    shown = ((0.0, 1.0, "yes"), (1.0, 2.0, " no"), (2.0, 3.0, " yes"))
+    write_records(log, [Watched(prompt, shown, ((1.9, -1.0), (2.9, 1.0)))])
+    chat = ChatFormat(load_checkpoint(school / "sft" / "checkpoint").tokenizer)
+    (lesson,) = tamer.logged(log, chat, Delay(0.2, 0.8), 48)
+    assert chat.tokenizer.decode(lesson.response) == "yes no yes" and lesson.prompt == chat.prompt(prompt)
+    assert (lesson.labels[0], lesson.weights[0]) == (0.0, 0.0) and sum(lesson.weights) == pytest.approx(2.0)
+    by_label = {
+        label: sum(w for k, w in zip(lesson.labels, lesson.weights, strict=True) if k == label) for label in (-1, 1)
+    }
+    assert by_label == pytest.approx({-1: 1.0, 1: 1.0})
+    report = from_files(school, tmp_path, presses=str(log))  # nobody else watches
+    assert report["first_and_last_iteration"]["presses"] == [0, 0] and lines(tmp_path)[0]["objective/dense_reward"] != 0
+    with pytest.raises(DataError, match="no watched reply"):
+        (tmp_path / "empty.jsonl").write_text("")
+        from_files(school, tmp_path / "again", presses=str(tmp_path / "empty.jsonl"))
 
 
 def test_pieces_are_whole_characters_that_add_up_to_the_reply(school: Path) -> None:

@@ -62,6 +62,9 @@ export const stop = (message) => json("POST", `/api/messages/${id(message)}/stop
 export const thumb = (message, given) => json("POST", `/api/messages/${id(message)}/thumb`, given);
 export const correct = (message, given) => json("POST", `/api/messages/${id(message)}/correction`, given);
 export const compare = (given) => json("POST", "/api/comparisons", given);
+export const pressed = (message, given) => json("POST", `/api/messages/${id(message)}/presses`, given);
+export const taught = () => json("GET", "/api/teaching");
+export const forgetTaught = (model) => json("DELETE", `/api/teaching/${id(model)}`);
 
 export const bring = (given) => json("POST", "/api/account/import", given);
 export const deleteAccount = () => json("DELETE", "/api/account");

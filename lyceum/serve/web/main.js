@@ -7,6 +7,7 @@ import { wake } from "./frame.js";
 import { h, icon, sign } from "./html.js";
 import { dress, memory, Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
+import { Teacher } from "./teach.js";
 import { fit, Thread } from "./thread.js";
 import { number, speak, t } from "./words.js";
 
@@ -30,6 +31,7 @@ class Page {
       languageChanged: (language) => { memory.set("language", language); speak(language); this.translate(); },
       dataChanged: (isEmpty) => this.dataChanged(isEmpty),
       failed: (error) => this.failed(error),
+      teaching: () => this.teacher,
       closed: () => this.draft.focus(),
     });
     this.thread = new Thread({
@@ -63,19 +65,26 @@ class Page {
     this.two = h("button", { type: "button", class: "toggle", "aria-pressed": "false", onclick: () => {
       const isOn = this.two.getAttribute("aria-pressed") !== "true";
       this.two.setAttribute("aria-pressed", String(isOn));
+      if (isOn) this.teacher.turn(false);
       this.draft.focus();
     } });
+    this.teacher = new Teacher({
+      draft: this.draft, consent: () => this.thread.consent(), mayTrain: () => this.thread.mayTrain, failed: (error) => this.failed(error),
+      changed: (id, presses) => { if (this.thread.messages.has(id)) this.thread.put({ id, presses }); },
+      switched: (isOn) => { if (isOn) this.two.setAttribute("aria-pressed", "false"); },
+    });
+    this.thread.teacher = this.teacher;
     this.meter = h("span", { class: "meter", role: "img", hidden: true }, ring());
     this.speed = h("span", { class: "speed" });
     this.sendButton = h("button", { type: "submit", class: "send" });
     this.form = h("form", { class: "composer", onsubmit: (event) => { event.preventDefault(); this.sendOrStop(); } },
       this.draft,
-      h("div", { class: "row" }, this.two, h("span", { class: "gap" }), this.speed, this.meter, this.sendButton));
+      h("div", { class: "row" }, this.two, this.teacher.button, h("span", { class: "gap" }), this.speed, this.meter, this.sendButton));
     this.hello = h("section", { class: "hello" });
     this.main = h("main", {},
       h("header", { class: "top" }, this.menuButton, this.newButton, this.title, this.helpButton, this.settingsButton),
       this.hello, this.thread.element,
-      h("div", { class: "foot" }, this.thread.toBottom, this.form));
+      h("div", { class: "foot" }, this.thread.toBottom, this.teacher.bar, this.form));
     this.shade = h("div", { class: "shade", onclick: () => { this.showSidebar(false); this.settings.toggle(false); } });
     this.app.replaceChildren(this.sidebar.element, this.main, this.settings.element, this.shade);
     this.showSidebar(!NARROW.matches && memory.get("sidebar", "shown") === "shown", false);
@@ -91,6 +100,7 @@ class Page {
     label(this.thread.toBottom, t("to_bottom"));
     this.two.replaceChildren(icon("two"), h("span", {}, t("two_answers")));
     this.two.title = t("two_hint");
+    this.teacher.translate();
     this.draft.setAttribute("aria-label", t("ask_placeholder"));
     const { studied, cannot, ask } = this.start.about;
     this.hello.replaceChildren(...[

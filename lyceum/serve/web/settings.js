@@ -61,9 +61,9 @@ function lineage(steps) {
 }
 
 export class Settings {
-  /** models: of the server. changed(what, value): what, is "model", "second", "system" or "parameters". */
-  constructor({ models, changed, looksChanged, languageChanged, dataChanged, failed, closed }) {
-    Object.assign(this, { models, changed, looksChanged, languageChanged, dataChanged, failed });
+  /** models: of the server. changed(what, value): what, is "model", "second", "system" or "parameters". teaching(): who is taught. */
+  constructor({ models, changed, looksChanged, languageChanged, dataChanged, teaching, failed, closed }) {
+    Object.assign(this, { models, changed, looksChanged, languageChanged, dataChanged, teaching, failed });
     this.element = h("aside", { class: "settings", id: "settings", "aria-label": t("settings"), hidden: true });
     this.closed = closed;
     this.chat = { model: models[0]?.id ?? "", second: "", system: "", parameters: {} };
@@ -78,6 +78,7 @@ export class Settings {
     if (isOpen === this.isOpen) return;
     this.element.hidden = !isOpen;
     document.getElementById("app").classList.toggle("with-settings", isOpen);
+    if (isOpen) this.teaching().refresh();
     if (isOpen) this.element.querySelector("button, select, textarea")?.focus();
     else this.closed();
   }
@@ -86,6 +87,7 @@ export class Settings {
   show(chat) {
     this.chat = chat;
     this.draw();
+    if (this.isOpen) this.teaching().refresh();
   }
 
   draw() {
@@ -140,6 +142,7 @@ export class Settings {
             document.documentElement.dataset.looks ?? "auto", this.looksChanged),
           segmented("language", t("language"), Object.entries(LANGUAGES), language(), this.languageChanged),
         ),
+        this.teaching().section(),
         accountSection({ changed: this.dataChanged, failed: this.failed }),
       ),
     );

@@ -6,6 +6,7 @@ import { card, resultsIn } from "./cards.js";
 import { toast } from "./dialogs.js";
 import { h, icon, sign } from "./html.js";
 import { memory } from "./settings.js";
+import { pressedFacts } from "./teach.js";
 import { number, t } from "./words.js";
 
 const NEAR_PX = 80; // so near to the end, the page follows what is written
@@ -26,6 +27,7 @@ export class Thread {
     this.toBottom = sign("bottom", t("to_bottom"), () => this.bottom(true), { class: "sign to-bottom", hidden: true });
     // messages out of sight have a guessed height until they are seen
     new ResizeObserver(() => { if (this.isFollowing) this.bottom(); }).observe(this.column);
+    this.teacher = null; // who watches answers and takes keys
     this.clear();
   }
 
@@ -106,7 +108,7 @@ export class Thread {
     const place = siblings.indexOf(message);
     const isLast = message.id === this.leaf;
     const calls = (message.tool_calls ?? []).map((call) => this.results.of(message, call)?.id ?? null);
-    const mark = JSON.stringify([message.version ?? 0, message.state, place, siblings.length, message.thumb, isLast, calls]);
+    const mark = JSON.stringify([message.version ?? 0, message.state, place, siblings.length, message.thumb, isLast, calls, message.presses?.length]);
     const known = this.nodes.get(message.id);
     if (known?.mark === mark) return known.element;
     const node = known ?? { element: h("article", { class: `turn ${message.role}`, "data-id": message.id }) };
@@ -143,6 +145,7 @@ export class Thread {
     const parts = [h("header", {}, h("span", { class: "by" }, message.model))];
     node.text.element.classList.toggle("growing", isStreaming);
     parts.push(node.text.element);
+    if (this.teacher && message.parameters?.taught) parts.push(this.teacher.trace(message.id));
     for (const call of message.tool_calls ?? []) parts.push(card(call, this.results.of(message, call)));
     const note = noteOf(message);
     if (note) parts.push(h("p", { class: message.state === "failed" ? "note bad" : "note" }, note));
@@ -210,6 +213,7 @@ export class Thread {
     const conversation = this.conversation;
     message.numTokens = message.completion_tokens ?? 0;
     let isTold = false;
+    this.teacher?.begin(message);
     while (!stop.signal.aborted) {
       try {
         const text = this.nodes.get(message.id).text;
@@ -219,6 +223,7 @@ export class Thread {
           const said = text.grow(news);
           if (said) this.announce(said);
           if (news.tokens !== undefined) message.numTokens = news.tokens;
+          this.teacher?.seen(message.id, news.tokens);
           message.seconds = news.seconds;
           this.busy();
           if (this.isFollowing) this.bottom();
@@ -237,6 +242,7 @@ export class Thread {
     const before = this.messages.get(message.id);
     this.streams.delete(message.id);
     this.nodes.get(message.id)?.text?.close();
+    this.teacher?.ended(message.id);
     this.put({ ...message, version: (before?.version ?? 0) + 1 });
     this.announce(t("answer_done"));
     if (this.isFollowing) this.bottom();
@@ -272,20 +278,23 @@ export class Thread {
     }
   }
 
+  /** Which models answer, and how. */
+  wanted() {
+    const { model, second, parameters, two } = this.about();
+    const teach = two ? null : this.teacher?.wish;
+    return { models: two ? [model, second || model] : [model], parameters, ...(teach ? { teach } : {}) };
+  }
+
   async say(content, parent = this.leaf) {
     if (this.isBusy) return false;
-    const { model, second, parameters, two } = this.about();
-    const models = two ? [model, second || model] : [model];
-    const said = await this.attempt(() => api.say(this.conversation.id, { parent, content, models, parameters }));
+    const said = await this.attempt(() => api.say(this.conversation.id, { parent, content, ...this.wanted() }));
     if (said) this.add(said.messages);
     return Boolean(said);
   }
 
   async again(message) {
     if (this.isBusy) return;
-    const { model, second, parameters, two } = this.about();
-    const models = two ? [model, second || model] : [model];
-    const said = await this.attempt(() => api.again(message.id, { models, parameters }));
+    const said = await this.attempt(() => api.again(message.id, this.wanted()));
     if (said) this.add(said.messages);
   }
 
@@ -467,6 +476,8 @@ function noteOf(message) {
 function factsOf(message) {
   const found = [];
   if (message.corrected) found.push(t("corrected"));
+  const pressed = pressedFacts(message.presses);
+  if (pressed) found.push(pressed);
   if (message.completion_tokens) found.push(t("tokens", { n: number(message.completion_tokens) }));
   if (message.tokens_per_second) found.push(t("per_second", { n: number(message.tokens_per_second, 1) }));
   return found.join(" · ");
