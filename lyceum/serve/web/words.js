@@ -4,6 +4,10 @@ const WORDS = {
   // [English, Chinese]
   pages: ["Pages", "页面"],
   page_chat: ["Chat", "对话"],
+  page_arena: ["Arena", "竞技场"],
+  page_playground: ["Playground", "试验场"],
+  page_inside: ["Inside", "模型内部"],
+  token_space: ["space", "空格"],
   new_chat: ["New chat", "新对话"],
   search: ["Search chats", "搜索对话"],
   nothing_found: ["Nothing found", "没有找到"],
