@@ -19,39 +19,6 @@ const state = { view: "battle", conversation: location.hash.slice(1), leaf: null
 let about = null;
 let page = null;
 
-await begin("arena", async (main, start) => {
-  about ??= await api.json("GET", "/api/arena");
-  page?.end();
-  page = state.view === "battle" ? new Battle(start) : new Ratings();
-  const tab = (view, name) => h("button", {
-    type: "button", role: "tab", id: `tab-${view}`, "aria-selected": String(state.view === view), "aria-controls": "panel", tabindex: state.view === view ? 0 : -1,
-    onclick: () => turnTo(view),
-    onkeydown: (event) => {
-      if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-      turnTo(view === "battle" ? "ratings" : "battle", true);
-    },
-  }, t(name));
-  const turnTo = async (view, isFocused = false) => {
-    state.view = view;
-    page.end();
-    page = view === "battle" ? new Battle(start) : new Ratings();
-    for (const one of tabs.children) {
-      const isChosen = one.id === `tab-${view}`;
-      one.setAttribute("aria-selected", String(isChosen));
-      one.tabIndex = isChosen ? 0 : -1;
-      if (isChosen && isFocused) one.focus();
-    }
-    panel.setAttribute("aria-labelledby", `tab-${view}`);
-    panel.replaceChildren(page.element);
-    await page.begin();
-  };
-  const tabs = h("div", { class: "tabs", role: "tablist", "aria-label": t("arena_views") }, tab("battle", "arena_battle"), tab("ratings", "arena_ratings"));
-  const panel = h("div", { id: "panel", class: "panel", role: "tabpanel", "aria-labelledby": `tab-${state.view}` }, page.element);
-  main.classList.add("arena");
-  main.append(tabs, panel);
-  await page.begin();
-});
-
 // -- a battle ----------------------------------------------------------------------------------------------------------
 
 class Battle {
@@ -62,7 +29,7 @@ class Battle {
     this.live = h("div", { class: "hidden", "aria-live": "polite" });
     this.field = h("textarea", {
       rows: 1, maxlength: 1000000, value: state.draft, enterkeyhint: "send",
-      oninput: () => { state.draft = this.field.value; fit(this.field); this.showBusy(); },
+      oninput: () => { state.draft = this.field.value; this.showBusy(); },
       onkeydown: (event) => {
         if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
         event.preventDefault();
@@ -104,7 +71,6 @@ class Battle {
       }
     }
     this.draw();
-    fit(this.field);
     this.field.focus();
   }
 
@@ -144,6 +110,7 @@ class Battle {
     this.send.setAttribute("aria-label", t(name));
     this.send.disabled = !this.isBusy && !this.field.value.trim();
     this.send.replaceChildren(icon(this.isBusy ? "stop" : "send"));
+    if (!this.composer.hidden) fit(this.field); // it may have been hidden, and then had no height
   }
 
   draw() {
@@ -216,7 +183,6 @@ class Battle {
     Object.assign(state, { conversation: told.conversation, leaf: told.leaf, turns: told.turns, draft: "", kind: "" });
     history.replaceState(null, "", `#${told.conversation}`);
     this.field.value = "";
-    fit(this.field);
     this.draw();
     this.send.focus();
   }
@@ -337,7 +303,7 @@ class Ratings {
         h("td", { class: "right" }, number(one.num_votes)), h("td", { class: "right" }, `${number(100 * one.score)}%`));
       return isApart ? [h("tr", { class: "apart" }, h("td", { colspan: 6 }, t("ratings_apart"))), row] : [row];
     });
-    const head = [["place", "right"], ["model", ""], ["rating", "right"], ["interval", ""], ["votes", "right"], ["score", "right"]];
+    const head = [["place", "right"], ["model", ""], ["rating", "right"], ["interval", "interval"], ["votes", "right"], ["score", "right"]];
     const parts = [bar, h("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": t("arena_ratings") }, h("table", {},
       h("thead", {}, h("tr", {}, head.map(([name, kind]) => h("th", { scope: "col", class: kind }, t(`ratings_${name}`))))),
       h("tbody", {}, rows)))];
@@ -361,3 +327,36 @@ function between({ low, high, is_open: open }) {
 }
 
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "±") + number(Math.abs(Math.round(value)));
+
+await begin("arena", async (main, start) => {
+  about ??= await api.json("GET", "/api/arena");
+  page?.end();
+  page = state.view === "battle" ? new Battle(start) : new Ratings();
+  const tab = (view, name) => h("button", {
+    type: "button", role: "tab", id: `tab-${view}`, "aria-selected": String(state.view === view), "aria-controls": "panel", tabindex: state.view === view ? 0 : -1,
+    onclick: () => turnTo(view),
+    onkeydown: (event) => {
+      if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+      turnTo(view === "battle" ? "ratings" : "battle", true);
+    },
+  }, t(name));
+  const turnTo = async (view, isFocused = false) => {
+    state.view = view;
+    page.end();
+    page = view === "battle" ? new Battle(start) : new Ratings();
+    for (const one of tabs.children) {
+      const isChosen = one.id === `tab-${view}`;
+      one.setAttribute("aria-selected", String(isChosen));
+      one.tabIndex = isChosen ? 0 : -1;
+      if (isChosen && isFocused) one.focus();
+    }
+    panel.setAttribute("aria-labelledby", `tab-${view}`);
+    panel.replaceChildren(page.element);
+    await page.begin();
+  };
+  const tabs = h("div", { class: "tabs", role: "tablist", "aria-label": t("arena_views") }, tab("battle", "arena_battle"), tab("ratings", "arena_ratings"));
+  const panel = h("div", { id: "panel", class: "panel", role: "tabpanel", "aria-labelledby": `tab-${state.view}` }, page.element);
+  main.classList.add("arena");
+  main.append(tabs, panel);
+  await page.begin();
+});

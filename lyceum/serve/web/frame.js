@@ -44,6 +44,7 @@ export async function begin(here, build) {
         h("button", { type: "button", class: "plain small", lang: next[0], onclick: () => { memory.set("language", next[0]); speak(next[0]); draw(); } }, next[1]),
         sign("settings", `${t("appearance")}: ${t(looks)}`, () => { memory.set("looks", nextLooks); dress(nextLooks); draw(); }, { name: "looks" })),
       main);
+    app.querySelector("nav [aria-current]").scrollIntoView({ block: "nearest", inline: "center" }); // a phone may not have room for all
     main.replaceChildren();
     try {
       start ??= await api.start();

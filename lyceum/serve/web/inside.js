@@ -15,15 +15,9 @@ const HEAD_PX = 56;
 const state = { model: "", text: null, asChat: false, layer: 0, head: 0, token: -1 };
 let models = null;
 let seen = null; // what the server said of the last text
+let repaint = () => {}; // the maps, in the colours of now
 
-await begin("inside", async (main) => {
-  models ??= (await api.json("GET", "/api/inside")).models;
-  main.classList.add("inside");
-  if (!models.length) return void main.append(h("p", { class: "none" }, t("in_none")));
-  state.model ||= models[0].id;
-  state.text ??= t("in_example");
-  draw(main);
-});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => repaint());
 
 function draw(main) {
   const model = () => models.find((one) => one.id === state.model);
@@ -115,7 +109,7 @@ function bars(top) {
 
 function attention() {
   const { layers, heads, tokens } = seen;
-  const ink = colour("--accent");
+  let ink = colour("--accent");
   const map = h("canvas", { class: "map", role: "img" });
   const said = h("p", { class: "said", "aria-live": "polite" });
   const row = h("div", { class: "strip looks", role: "listbox", "aria-label": t("in_reader"), dir: "auto" });
@@ -186,12 +180,17 @@ function attention() {
     grid.append(h("span", { class: "layer-name", "aria-hidden": "true" }, String(layer + 1)));
     for (let head = 0; head < heads; head += 1) {
       const small = h("canvas", { "aria-hidden": "true" });
-      paint(small, layer, head, ink, HEAD_PX);
       grid.append(h("button", { type: "button", role: "radio", "data-layer": layer, "data-head": head, "aria-label": t("in_head", { layer: layer + 1, head: head + 1 }), onclick: () => choose(layer, head, true) }, small));
     }
   }
   const title = h("h4", {});
   const element = h("div", { class: "looking" }, h("div", { class: "scroll" }, grid), h("div", { class: "one-head" }, title, row, said, map));
+  repaint = () => {
+    ink = colour("--accent");
+    for (const one of grid.querySelectorAll("button")) paint(one.firstChild, Number(one.dataset.layer), Number(one.dataset.head), ink, HEAD_PX);
+    paint(map, state.layer, state.head, ink, MAP_PX);
+  };
+  repaint();
   choose(state.layer, state.head);
   return element;
 }
@@ -265,3 +264,12 @@ function lens() {
   requestAnimationFrame(() => { scroll.scrollLeft = scroll.scrollWidth; });
   return [scroll, detail];
 }
+
+await begin("inside", async (main) => {
+  models ??= (await api.json("GET", "/api/inside")).models;
+  main.classList.add("inside");
+  if (!models.length) return void main.append(h("p", { class: "none" }, t("in_none")));
+  state.model ||= models[0].id;
+  state.text ??= t("in_example");
+  draw(main);
+});

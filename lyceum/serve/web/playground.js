@@ -31,17 +31,6 @@ let models = null;
 let made = null; // what was written last: {prompt, text, tokens, finish, mode, model, checkpoint}
 let stopper = null;
 
-await begin("playground", async (main, start) => {
-  if (!models) {
-    ({ models } = await api.json("GET", "/api/playground"));
-    state.model = models[0].id;
-    takeLink();
-  }
-  stopper?.abort();
-  main.classList.add("playground");
-  new Page(main, start).draw();
-});
-
 addEventListener("hashchange", () => location.reload());
 
 /** Take what a link says; what is unknown or of a wrong kind is left out. */
@@ -86,7 +75,7 @@ class Page {
   draw() {
     const at = language() === "zh" ? 1 : 0;
     const modes = h("fieldset", { class: "segmented modes" }, h("legend", { class: "hidden" }, t("play_mode")), h("div", {}, MODES.map((mode) => {
-      const input = h("input", { type: "radio", name: "mode", value: mode, checked: state.mode === mode, onchange: () => { state.mode = mode; this.draw(); this.main.querySelector(`input[value=${mode}]`).focus(); } });
+      const input = h("input", { type: "radio", name: "mode", value: mode, checked: state.mode === mode, onchange: () => { state.mode = mode; made = null; this.draw(); this.main.querySelector(`input[value=${mode}]`).focus(); } });
       return h("label", {}, input, h("span", {}, t(`play_${mode}`)));
     })));
     const examples = h("select", { name: "example", "aria-label": t("play_examples"), onchange: () => {
@@ -251,7 +240,7 @@ class Page {
       const parts = [h("code", {}, shown(name)), bar(Math.exp(logprob)), h("span", { class: "chance" }, chance(Math.exp(logprob)))];
       const goes = can && !isChosen && text !== null && text !== "";
       return h("li", {}, goes
-        ? h("button", { type: "button", class: "bar-row", title: t("play_instead", { token: shown(name) }), onclick: () => this.go([...tokens.slice(0, place), { ...token, name, text, logprob }]) }, parts)
+        ? h("button", { type: "button", class: "bar-row", title: t("play_instead", { token: shown(name) }), onclick: () => this.go([...tokens.slice(0, place), { ...token, name, text, shown: text, logprob }]) }, parts)
         : h("span", { class: isChosen ? "bar-row chosen" : "bar-row" }, parts));
     }), rest > 0.0005 && h("li", {}, h("span", { class: "bar-row rest" }, h("span", {}, t("play_other")), bar(rest), h("span", { class: "chance" }, chance(rest)))))];
   }
@@ -311,3 +300,14 @@ function shown(name) {
 
 const escaped = (text) => text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n");
 const unescaped = (text) => text.replace(/\\(n|\\)/g, (_, one) => (one === "n" ? "\n" : "\\"));
+
+await begin("playground", async (main, start) => {
+  if (!models) {
+    ({ models } = await api.json("GET", "/api/playground"));
+    state.model = models[0].id;
+    takeLink();
+  }
+  stopper?.abort();
+  main.classList.add("playground");
+  new Page(main, start).draw();
+});
