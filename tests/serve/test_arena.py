@@ -317,3 +317,15 @@ def test_a_battle_between_a_model_and_its_improvement_is_two_rows(page: Make) ->
         server.service.models[name] = replace(server.service.model(name), fingerprint=f"new{name}")
     vote(server, turn(server)["battle"])
     assert len(server.ask("GET", "/api/arena/table").json["standings"]) == 4
+
+
+def test_two_answers_of_the_chat_page_are_no_battle(page: Make) -> None:
+    server = page(names=NAMES)
+    id = server.post("/api/conversations", {}).json["id"]
+    asked = {"parent": None, "content": "hello", "models": list(NAMES)}
+    both = [one["id"] for one in server.post(f"/api/conversations/{id}/turns", asked).json["messages"][1:]]
+    for one in both:
+        server.ask("GET", f"/api/messages/{one}/events")
+    assert server.post("/api/comparisons", {"left": both[0], "right": both[1], "verdict": "left"}).status == 200
+    assert server.ask("GET", f"/api/arena/conversations/{id}").json["turns"] == []
+    assert server.ask("GET", "/api/arena/table").json["num_votes"] == 0  # who chose the models was not blind

@@ -103,8 +103,8 @@ class Ring:
     def __init__(self, service: Service, store: Store, answers: Answers, opens: Open):
         self.service, self.store, self.answers, self.opens = service, store, answers, opens
         self.battles = Battles(store.database)
-        self._votes: tuple[tuple[int, int], list[Vote]] = ((-1, -1), [])  # as of a state of the judgements
-        self._tables: dict[tuple[str, bool], Told] = {}
+        # as of a state of the judgements: the votes, and what was worked out of them; always replaced as a whole
+        self._known: tuple[tuple[int, int], list[Vote], dict[tuple[str, bool], Told]] = ((-1, -1), [], {})
 
     def entrants(self) -> list[str]:
         """The models that can meet: those that chat."""
@@ -168,7 +168,7 @@ class Ring:
                 continue
             if battle is not None:
                 pair, voted = (message, known[battle.right]), None
-            elif message.parameters.get("side") == "left":
+            elif "arena" in message.parameters and message.parameters.get("side") == "left":
                 others = [one for one in thread.messages if _is_other(one, message)]
                 if not others or message.id not in verdicts:
                     continue
@@ -198,10 +198,10 @@ class Ring:
     def table(self, kind: str, controls_style: bool) -> Told:
         """How models stand by all votes, or of those on one kind of prompt; worked out anew when a judgement has come or gone."""
         state = self.store.judgements.state()
-        if self._votes[0] != state:
-            self._votes = state, votes_of(self.store.judgements.everybodys("comparison"))
-            self._tables = {}
-        votes, tables = self._votes[1], self._tables
+        known = self._known
+        if known[0] != state:
+            known = self._known = state, votes_of(self.store.judgements.everybodys("comparison")), {}
+        _, votes, tables = known
         kinds = by_kind(votes)
         if kind and kind not in kinds:
             raise Refusal(404, f"There is no vote on a prompt of the kind {kind!r}.", param="kind", code="not_found")
