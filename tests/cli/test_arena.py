@@ -15,10 +15,11 @@ from lyceum.serve.arena.battles import Battles, Contender
 from lyceum.serve.store import Store
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder in whose store `ppo` beat `sft` nine times of twelve, and `old` lost twice to `older`."""
-    store = Store.open(tmp_path)
+    folder = tmp_path_factory.mktemp("run")
+    store = Store.open(folder)
     battles = Battles(store.database)
 
     def vote(left: str, right: str, verdict: Verdict, prompt: str, kind: str = "") -> None:
@@ -33,7 +34,7 @@ def place(tmp_path: Path) -> Path:
     for _ in range(2):
         vote("old", "older", "right", "What does json.dumps do?")
     store.close()
-    return tmp_path
+    return folder
 
 
 def test_the_table_shows_groups_intervals_and_what_they_rest_on(

@@ -80,7 +80,7 @@ def test_a_chain_of_three_to_one_adds_up_and_three_models_match_a_search_on_a_gr
         assert log_likelihood(**moved) <= best + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd"), st.sampled_from(["left", "right", "tie"])),

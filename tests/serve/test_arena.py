@@ -17,7 +17,8 @@ from sqlalchemy import func, select
 
 from lyceum.errors import NotFound, StoreError
 from lyceum.evals.arena import Verdict, facets, table_of
-from lyceum.serve.arena.battles import KINDS, MANY_PERSONS, Battle, Battles, Contender, votes_of
+from lyceum.serve.arena import battles
+from lyceum.serve.arena.battles import KINDS, Battle, Battles, Contender, votes_of
 from lyceum.serve.arena.tables import BATTLES
 from lyceum.serve.feedback import harvest
 from lyceum.serve.judgements import Judgement
@@ -96,7 +97,7 @@ def test_two_of_three_models_meet_and_never_one_with_itself(page: Make) -> None:
 
 
 def test_a_battle_is_voted_on_once_by_its_owner_after_both_answers(page: Make, known: Make) -> None:
-    server = page(lambda asked, params: "word " * 60, names=NAMES, porter=known("alice", "bob"), pause_s=0.003)
+    server = page(lambda asked, params: "word " * 12, names=NAMES, porter=known("alice", "bob"), pause_s=0.003)
     alice, bob = ({"Authorization": f"Bearer {letter * 40}"} for letter in "ab")
     begun = server.post("/api/arena/turns", {"content": "go"}, **alice).json
     assert vote(server, begun["battle"], headers=alice).status == 409  # still being written
@@ -233,19 +234,19 @@ def judged(store: Store, verdict: Verdict, owner: str = "alice", **given: Any) -
 
 
 def test_a_vote_breaks_the_seal_and_is_noted_or_neither(store: Store) -> None:
-    battle, battles = sealed(store), Battles(store.database)
+    battle, ring = sealed(store), Battles(store.database)
     conversation = store.message("alice", battle.left).conversation
-    assert battles.open("alice", conversation) == [battle]  # also as another process would find it
+    assert ring.open("alice", conversation) == [battle]  # also as another process would find it
     with pytest.raises(NotFound):
-        battles.open("bob", conversation)
+        ring.open("bob", conversation)
     with pytest.raises(StoreError, match="a reason of"):
-        battles.vote("alice", battle.id, "left", reason="x" * 20_000, consent=True)
+        ring.vote("alice", battle.id, "left", reason="x" * 20_000, consent=True)
     assert store.message("alice", battle.left).model == "" and num_battles(store) == 1  # undone as a whole
-    one = battles.vote("alice", battle.id, "left", kind="chat", consent=True)
+    one = ring.vote("alice", battle.id, "left", kind="chat", consent=True)
     assert [answer.model for answer in one.answers] == ["a", "b"] and one.ranks == (1.0, 2.0)
     assert store.message("alice", battle.left).model == "a" and num_battles(store) == 0
     with pytest.raises(NotFound):
-        battles.vote("alice", battle.id, "left", consent=True)
+        ring.vote("alice", battle.id, "left", consent=True)
 
 
 def test_a_battle_goes_with_its_messages(store: Store) -> None:
@@ -281,16 +282,19 @@ def test_a_name_that_had_two_checkpoints_is_two_models(store: Store) -> None:
     assert names == {"a (123456)", "a (fedcba)", "b (123456)", "b (fedcba)", "c"}
 
 
-def test_votes_hang_together_by_conversation_and_by_person_where_there_are_many(store: Store) -> None:
-    persons = [f"person {number}" for number in range(MANY_PERSONS - 1)]
+def test_votes_hang_together_by_conversation_and_by_person_where_there_are_many(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(battles, "MANY_PERSONS", 4)
+    persons = ["ann", "ben", "cai"]
     for person in (*persons, persons[0]):
         judged(store, "tie", owner=person)
     votes = votes_of(store.judgements.everybodys())
-    assert len({vote.group for vote in votes}) == MANY_PERSONS and not {vote.group for vote in votes} & set(persons)
+    assert len({vote.group for vote in votes}) == 4 and not {vote.group for vote in votes} & set(persons)
     judged(store, "tie", owner="one more")
     votes = votes_of(store.judgements.everybodys())
-    assert {vote.group for vote in votes} == {*persons, "one more"} and len(votes) == MANY_PERSONS + 1
-    assert table_of(votes).num_groups_of_votes == MANY_PERSONS
+    assert {vote.group for vote in votes} == {*persons, "one more"} and len(votes) == 5
+    assert table_of(votes).num_groups_of_votes == 4
 
 
 def test_an_imported_file_brings_no_votes(page: Make) -> None:

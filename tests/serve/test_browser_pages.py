@@ -6,7 +6,8 @@ A test skips where there is no Chromium. `LYCEUM_SCREENSHOTS=folder` keeps pictu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -212,18 +213,23 @@ def schooled() -> tuple[Tokenizer, Decoder]:
 
 
 @pytest.fixture
-def real(page: Make, schooled: tuple[Tokenizer, Decoder]) -> Make:
+def real(page: Make, schooled: tuple[Tokenizer, Decoder]) -> Iterator[Make]:
     """A server of that model alone, which can insert if asked."""
 
-    def make(*, can_insert: bool = True) -> Any:
+    def make(*, can_insert: bool = True, pause_s: float = 0.0) -> Any:
         tokenizer, model = schooled
         running = page()
-        engine = Engine(model, max_batch=4, token_bytes=tokenizer.token_bytes)
+        engine = Engine(model, max_batch=4, token_bytes=tokenizer.token_bytes, pack=not pause_s)
+        if pause_s:
+            hooks.append(model.register_forward_pre_hook(lambda *given: time.sleep(pause_s)))
         served = serve("tiny", engine, tokenizer, can_insert=can_insert)
         running.serve([served])
         return running
 
-    return make
+    hooks: list[Any] = []
+    yield make
+    for hook in hooks:
+        hook.remove()
 
 
 def test_a_text_goes_on_token_by_token_and_from_another_token_by_keys_alone(real: Make, visit: Make) -> None:
@@ -309,7 +315,7 @@ def test_modes_examples_links_and_corrections(real: Make, visit: Make) -> None:
     shot(tab, "playground-edit")
 
 
-def test_what_a_model_cannot_do_is_said_and_a_long_answer_is_stopped(real: Make, page: Make, visit: Make) -> None:
+def test_what_a_model_cannot_do_is_said_on_a_phone_in_chinese(real: Make, visit: Make) -> None:
     server = real(can_insert=False)
     tab = visit(server, locale="zh-CN", width=390, height=800)
     go(tab, server, "playground", "textarea[name=text]")
@@ -325,6 +331,25 @@ def test_what_a_model_cannot_do_is_said_and_a_long_answer_is_stopped(real: Make,
     expect(tab.locator(".bars li").first).to_be_visible()
     assert fits(tab) and tab.evaluate(CONTRAST) == []
     shot(tab, "playground-phone")
+
+
+def test_what_is_being_written_can_be_stopped_and_stays(real: Make, visit: Make) -> None:
+    server = real(pause_s=0.1)
+    tab = visit(server)
+    go(tab, server, "playground", "textarea[name=text]")
+    tab.locator("input[name=max_tokens]").fill("200")
+    tab.locator("textarea[name=text]").fill("the cat sat")
+    tab.keyboard.press("Control+Enter")
+    tab.locator(".token").nth(2).wait_for()
+    shot(tab, "playground-writing")
+    tab.get_by_role("button", name="Stop").press("Enter")
+    tab.get_by_role("button", name="Regenerate").wait_for()
+    assert server.idle(3.0)
+    num = tab.locator(".token").count()
+    assert 3 <= num < 100
+    tab.locator(".token").nth(1).click()
+    expect(tab.locator(".bars li").first).to_be_visible()
+    expect(tab.locator(".foot-of-output .facts")).to_contain_text(f"{num} tokens")
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
