@@ -137,7 +137,21 @@ LYCEUM = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.star
 MAKE = sorted({(page_name(p), c) for p in PAGES for c in commands(p) if c.startswith("make ")})
 
 
-VERBS = ("run", "plan", "chat", "serve", "runs", "models", "export", "feedback", "improve", "keys", "lab", *KINDS)
+VERBS = (
+    "run",
+    "plan",
+    "chat",
+    "serve",
+    "runs",
+    "models",
+    "export",
+    "feedback",
+    "improve",
+    "arena",
+    "keys",
+    "lab",
+    *KINDS,
+)
 
 
 @pytest.mark.parametrize(("page", "command"), LYCEUM)

@@ -10,6 +10,7 @@
     lyceum export runs/demo --to gguf   its model as a file for llama.cpp
     lyceum feedback export runs/demo --to rankings.jsonl    what people said about its answers, to learn from
     lyceum improve runs/demo            learn from it, and offer the better model to who serves the run
+    lyceum arena runs/demo              ratings of models from blind votes
     lyceum lab overoptimisation         how far a policy may follow a reward model
 
 Why argparse: ``lyceum --help`` answers in a tenth of a second. Importing typer and drawing its help took three times as
@@ -123,6 +124,12 @@ def make_parser() -> Parser:
     export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
     export.set_defaults(do=_feedback_export)
     _keys_options(_verb(verbs, "keys", "who may ask a server: make keys, list, rename and revoke them"))
+    arena = _verb(verbs, "arena", "rate models by the blind votes of people on pairs of answers")
+    arena.add_argument("path", metavar="RUN_OR_STORE", help="a run's folder, a store's file, or its address")
+    arena.add_argument("--kind", default="", help="only votes on prompts of this kind")
+    arena.add_argument("--style", action="store_true", help="take out what length and markdown of the answers explain")
+    arena.add_argument("--json", action="store_true", dest="as_json", help="one JSON value instead of tables")
+    arena.set_defaults(do=_arena)
     improve = _verb(verbs, "improve", "learn from what people said about a run's answers, and offer the next model")
     _improve_options(improve)
     improve.set_defaults(do=_improve)
@@ -331,6 +338,12 @@ def _feedback_export(args: argparse.Namespace) -> None:
     from lyceum.cli import feedback
 
     print(feedback.export(args.path, args.to, args.format, args.held_out))
+
+
+def _arena(args: argparse.Namespace) -> None:
+    from lyceum.cli import arena
+
+    print(arena.arena(args.path, kind=args.kind, controls_style=args.style, as_json=args.as_json))
 
 
 def _keys_new(args: argparse.Namespace) -> None:

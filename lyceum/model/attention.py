@@ -120,6 +120,17 @@ class Attention(nn.Module):
             mixed = mixed_BHTE.transpose(1, 2).flatten(2)
         return self.o_proj(mixed if at_N is None else mixed.flatten(0, 1).index_select(0, at_N))
 
+    def weights(self, x_BTD: Tensor, table: Tensor | None) -> Tensor:
+        """Who looks at whom: how much of each token's value each later one takes, (B, H, T, T), rows that sum to 1.
+
+        It is what the kernel works with and does not give back, computed openly: for looking, not for training.
+        """
+        q_BTHE, k_BTKE, _ = self._project(x_BTD, table)
+        k_BTHE = k_BTKE.repeat_interleave(q_BTHE.shape[2] // k_BTKE.shape[2], dim=2)
+        scores_BHTT = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BTHE) / self.head_width**0.5
+        is_later_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=x_BTD.device).triu(1)
+        return scores_BHTT.masked_fill(is_later_TT, float("-inf")).softmax(dim=-1)
+
     def _linears(self) -> tuple[nn.Module, ...]:
         return self.q_proj, self.k_proj, self.v_proj
 

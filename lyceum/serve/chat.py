@@ -283,14 +283,19 @@ def _call(tool: Tool, at: str) -> dict[str, Any]:
     }
 
 
+def asked_to_edit(instruction: str, text: str) -> tuple[str, str]:
+    """What a model that chats is told when it shall edit a text: the system prompt, and what is said."""
+    return EDITOR, f"{instruction}\n\n{text}" if text else instruction
+
+
 async def edit(service: Service, request: EditRequest, caller: Caller) -> dict[str, Any]:
     """The answer of `/v1/edits`: a model that chats is asked to edit."""
     served = service.model(request.model)
     format = chat_of(served)
     sampled = Sampled(model=request.model, n=request.n, temperature=request.temperature, top_p=request.top_p)
     chat = Chat(served, format, sampled)
-    said = f"{request.instruction}\n\n{request.input}" if request.input else request.instruction
-    conversation = Conversation((Message("system", EDITOR), Message("user", said)))
+    system, said = asked_to_edit(request.instruction, request.input or "")
+    conversation = Conversation((Message("system", system), Message("user", said)))
     await chat._open(service, conversation, caller, served.context_length, True, {})
     try:
         whole = await chat.whole()

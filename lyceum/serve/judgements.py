@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select
+from sqlalchemy import Connection, Row, delete, func, insert, select
 
 from lyceum.corpus.records import Conversation, Message
 from lyceum.errors import NotFound, StoreError
@@ -122,14 +122,7 @@ class Judgements:
             NotFound: an answer.
             StoreError: they cannot be compared, or `best` is none of them.
         """
-        if best not in (*shown, "tie", "none"):
-            raise StoreError(f"{best!r} is none of the answers shown", hint='one of their ids, "tie" or "none"')
-        is_decided = best in shown
-        verdict: dict[str, Any] = {"choice": shown.index(best) if is_decided else best}
-        verdict["ranks"] = [1.0 if not is_decided or answer == best else 2.0 for answer in shown]
-        if best == "none":
-            verdict["acceptable"] = [False] * len(shown)
-        return self._add(owner, "comparison", shown, verdict, reason, consent)
+        return self._add(owner, "comparison", shown, comparison(shown, best), reason, consent)
 
     def rank(
         self,
@@ -244,14 +237,24 @@ class Judgements:
             if not connection.execute(delete(JUDGEMENTS).where(*mine)).rowcount:
                 raise NotFound(f"there is no judgement {judgement!r}")
 
-    def everybodys(self) -> Iterator[Judgement]:
-        """All judgements of all owners, oldest first: for whoever runs the service, not for a route of the API."""
+    def everybodys(self, kind: str | None = None) -> Iterator[Judgement]:
+        """All judgements of all owners, or those of one kind, oldest first: for whoever runs the service.
+
+        A route of the API gives away no more than sums of them.
+        """
+        query = select(JUDGEMENTS).order_by(JUDGEMENTS.c.number)
+        if kind is not None:
+            query = query.where(JUDGEMENTS.c.kind == kind)
         with self.database.reading() as connection:
-            rows = connection.execution_options(yield_per=BATCH).execute(
-                select(JUDGEMENTS).order_by(JUDGEMENTS.c.number)
-            )
-            for row in rows:
+            for row in connection.execution_options(yield_per=BATCH).execute(query):
                 yield _judgement(row)
+
+    def state(self) -> tuple[int, int]:
+        """A mark that changes whenever a judgement comes or goes: how many there are, and the number of the last."""
+        query = select(func.count(), func.coalesce(func.max(JUDGEMENTS.c.number), 0))
+        with self.database.reading() as connection:
+            count, last = connection.execute(query.select_from(JUDGEMENTS)).one()
+        return int(count), int(last)
 
     def _add(
         self,
@@ -263,33 +266,57 @@ class Judgements:
         consent: bool,
         replaces: str = "",
     ) -> Judgement:
-        least = 2 if "ranks" in verdict else 1
-        if not least <= len(shown) <= MOST_ANSWERS or len(set(shown)) < len(shown):
-            raise StoreError(
-                f"{len(shown)} answers to judge, some of them maybe the same", hint="2 to 16 different ones"
-            )
-        if len(reason) > MAX_REASON:
-            raise StoreError(f"a reason of {len(reason)} characters", hint=f"at most {MAX_REASON}")
         with self.database.writing() as connection:
-            found = [own_message(connection, owner, answer, for_change=True) for answer in shown]
-            prompt = _prompt(connection, found)
-            answers = [Answer(o.id, o.record(), o.model, o.parameters, o.finish_reason) for o in found]
-            row = {
-                "id": new_id("judgement"),
-                "owner": owner,
-                "conversation": found[0].conversation,
-                "kind": kind,
-                "prompt": prompt and prompt.to_json(),
-                "answers": [answer.to_json() for answer in answers],
-                "verdict": verdict,
-                "reason": reason,
-                "consent": consent,
-                "created": time.time(),
-            }
+            found = add(connection, owner, kind, shown, verdict, reason, consent)
             if replaces:
                 mine = (JUDGEMENTS.c.id == replaces, JUDGEMENTS.c.owner == owner)
                 connection.execute(delete(JUDGEMENTS).where(*mine))
-            return _judgement(connection.execute(insert(JUDGEMENTS).values(row).returning(JUDGEMENTS)).one())
+            return found
+
+
+def comparison(shown: Sequence[str], best: str) -> dict[str, Any]:
+    """What a comparison says: the best of the answers shown, or "tie", or "none". Raises StoreError for anything else."""
+    if best not in (*shown, "tie", "none"):
+        raise StoreError(f"{best!r} is none of the answers shown", hint='one of their ids, "tie" or "none"')
+    is_decided = best in shown
+    verdict: dict[str, Any] = {"choice": shown.index(best) if is_decided else best}
+    verdict["ranks"] = [1.0 if not is_decided or answer == best else 2.0 for answer in shown]
+    if best == "none":
+        verdict["acceptable"] = [False] * len(shown)
+    return verdict
+
+
+def add(
+    connection: Connection,
+    owner: str,
+    kind: str,
+    shown: Sequence[str],
+    verdict: dict[str, Any],
+    reason: str,
+    consent: bool,
+) -> Judgement:
+    """Note a judgement within a transaction: who wants to do more in the same one comes here. Raises NotFound, StoreError."""
+    least = 2 if "ranks" in verdict else 1
+    if not least <= len(shown) <= MOST_ANSWERS or len(set(shown)) < len(shown):
+        raise StoreError(f"{len(shown)} answers to judge, some of them maybe the same", hint="2 to 16 different ones")
+    if len(reason) > MAX_REASON:
+        raise StoreError(f"a reason of {len(reason)} characters", hint=f"at most {MAX_REASON}")
+    found = [own_message(connection, owner, answer, for_change=True) for answer in shown]
+    prompt = _prompt(connection, found)
+    answers = [Answer(o.id, o.record(), o.model, o.parameters, o.finish_reason) for o in found]
+    row = {
+        "id": new_id("judgement"),
+        "owner": owner,
+        "conversation": found[0].conversation,
+        "kind": kind,
+        "prompt": prompt and prompt.to_json(),
+        "answers": [answer.to_json() for answer in answers],
+        "verdict": verdict,
+        "reason": reason,
+        "consent": consent,
+        "created": time.time(),
+    }
+    return _judgement(connection.execute(insert(JUDGEMENTS).values(row).returning(JUDGEMENTS)).one())
 
 
 def _prompt(connection: Connection, answers: Sequence[StoredMessage]) -> Conversation | None:

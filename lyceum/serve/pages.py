@@ -16,6 +16,7 @@
 | POST /api/comparisons | which of two answers is better |
 | POST /api/messages/{id}/presses; GET, DELETE /api/teaching | keys pressed while it is shown (`lyceum.serve.teaching`) |
 | GET /api/account/export; POST /api/account/import; DELETE /api/account | all of somebody's data (`lyceum.serve.accounts`) |
+| /api/arena/..., /api/playground/..., /api/inside | what those pages ask (`lyceum.serve.arena`, `.playground`, `.inside`) |
 
 Every object is read by its owner, who is the caller that the guard found; another's is not there (404). The store blocks, so
 it is asked from threads. Two answers to be compared carry `pair` and `side` in their parameters: sides are drawn by lot; every
@@ -31,7 +32,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -41,10 +42,13 @@ from lyceum.log import log
 from lyceum.serve.accounts import accounts
 from lyceum.serve.answering import Answers, OneReply, Prompt, Told, prompt_of
 from lyceum.serve.app import PRIVATE, EventStream, private, read
+from lyceum.serve.arena.routes import arena
 from lyceum.serve.chat import chat_of
 from lyceum.serve.guard import caller_of
+from lyceum.serve.inside import inside
 from lyceum.serve.judgements import Judgement
 from lyceum.serve.limits import Caller
+from lyceum.serve.playground import playground
 from lyceum.serve.portable import as_json, as_markdown
 from lyceum.serve.protocol import Sampled
 from lyceum.serve.refusals import Refusal
@@ -54,7 +58,7 @@ from lyceum.serve.service import Service
 from lyceum.serve.site import site
 from lyceum.serve.store import Hit, Store
 from lyceum.serve.teaching import Recital, Teaching, teaching_routes
-from lyceum.serve.tree import StoredConversation, StoredMessage, Thread, path_to
+from lyceum.serve.tree import StoredConversation, StoredMessage, Thread, path_to, unsaid
 from lyceum.serve.wishes import EXACT, Again, Begin, Change, Comparison, Correction, Nothing, Teach, Thumb, Turn
 
 T = TypeVar("T")
@@ -90,6 +94,9 @@ def pages(
     forgotten = desk.teaching.drop
     router.include_router(accounts(service, store, desk.answers, forgotten, is_own_machine=is_own_machine))
     router.include_router(teaching_routes(desk.teaching))
+    router.include_router(arena(service, store, desk.answers, desk.open))
+    router.include_router(playground(service, store))
+    router.include_router(inside(service))
 
     def route(method: str, path: str) -> Callable[..., Any]:
         return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)
@@ -152,7 +159,7 @@ def pages(
         path = desk.path(thread, wish.parent)
         if path and path[-1].role == "user":
             raise Refusal(400, "What was said last is not answered yet.", param="parent")
-        said = replace(BLANK, role="user", content=wish.content)
+        said = unsaid(wish.content)
         return private({"messages": await desk.answer(caller, thread, [*path, said], wish, says=True)})
 
     @route("POST", "/api/messages/{id}/again")
@@ -421,9 +428,6 @@ class Following:
     def close(self) -> None:
         """Nobody looks on any more; the answer goes on."""
         self._is_closed = True
-
-
-BLANK = StoredMessage("", "", None, "user", "", (), None, "", "", {}, None, None, "", "done", 0.0, 0.0)
 
 
 def _mark(one: Judgement) -> Told:

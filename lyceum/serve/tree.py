@@ -16,8 +16,9 @@ from sqlalchemy import Connection, Row, Select, select, update
 
 from lyceum.corpus.records import Message, ToolCall
 from lyceum.errors import NotFound, StoreError
+from lyceum.serve.columns import storable
 from lyceum.serve.drafts import INTERRUPTED, LEASE_S
-from lyceum.serve.tables import CONVERSATIONS, MESSAGES, storable
+from lyceum.serve.tables import CONVERSATIONS, MESSAGES
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class StoredMessage:
     def record(self) -> Message:
         """It as the rest of the house knows it."""
         return Message(self.role, self.content, self.tool_calls, self.tool_call_id)
+
+
+def unsaid(content: str) -> StoredMessage:
+    """What somebody is about to say: a message of theirs that is in no conversation yet."""
+    return StoredMessage("", "", None, "user", content, (), None, "", "", {}, None, None, "", "done", 0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -407,7 +407,10 @@ class Scripted:
 
 @pytest.fixture
 def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """A server with the chat page, whose models say what a script makes of what is said; `running.engines` are they."""
+    """A server with the pages, whose models say what a script makes of what is said; `running.engines` are they.
+
+    models: real ones beside them.
+    """
     pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
     pages, store_of = importlib.import_module("lyceum.serve.pages"), importlib.import_module("lyceum.serve.store").Store
     runs_routes = importlib.import_module("lyceum.serve.runs").runs_routes
@@ -417,11 +420,12 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
     def make(
         script: Callable[[str, SamplingParams], str] = lambda text, params: f"You said: {text}", *, pause_s: float = 0.0,
         names: tuple[str, ...] = ("demo",), about: Mapping[str, Any] | None = None, porter: Porter | None = None,
-        lines: Mapping[str, Sequence[Any]] = MappingProxyType({}), shelf: Path | None = None,
-        engine: Callable[..., Any] = Scripted,
+        lines: Mapping[str, Sequence[Any]] = MappingProxyType({}), models: Mapping[str, nn.Module] = MappingProxyType({}),
+        can_insert: bool = False, shelf: Path | None = None, engine: Callable[..., Any] = Scripted,
     ) -> Running:  # fmt: skip
         engines = {name: engine(tokenizer, script, pause_s) for name in names}
         served = [serve(name, e, tokenizer, lineage=lines.get(name, ())) for name, e in engines.items()]  # type: ignore[arg-type]
+        served += [of_model(name, model, tokenizer, can_insert=can_insert) for name, model in models.items()]
         service = Service(served)
         store = store_of.open(tmp_path / "store.sqlite")
         taught = teaching(service, store)

@@ -81,17 +81,20 @@ export async function download(conversation, format) {
 }
 
 /** What comes of an answer under way, one object at a time, from the block number `blocks` on. Throws when the line breaks. */
-export async function* follow(message, blocks, signal) {
-  const answer = await send("GET", `/api/messages/${id(message)}/events?blocks=${blocks}`, undefined, { signal });
+export const follow = (message, blocks, signal) => events("GET", `/api/messages/${id(message)}/events?blocks=${blocks}`, undefined, signal);
+
+/** The events of a stream as objects, until its end. Throws Refused for an event that is an error. */
+export async function* events(method, path, body, signal) {
+  const answer = await send(method, path, body, { signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
     text += value;
-    const events = text.split("\n\n");
-    text = events.pop();
-    for (const event of events) {
+    const parts = text.split("\n\n");
+    text = parts.pop();
+    for (const event of parts) {
       if (!event.startsWith("data: ") || event === "data: [DONE]") continue; // a ping, or the end
       const news = JSON.parse(event.slice(6));
       if (news.error) throw new Refused(news.error.code === "not_found" ? 404 : 500, news.error.message, news.error.code);

@@ -7,7 +7,9 @@ import { dress, memory } from "./settings.js";
 import { language, speak, t } from "./words.js";
 
 // address and the key of its name in words.js; a page adds its row here
-const PAGES = [["./", "page_chat"], ["runs", "page_runs"]];
+const PAGES = [
+  ["./", "page_chat"], ["arena", "page_arena"], ["playground", "page_playground"], ["inside", "page_inside"], ["runs", "page_runs"],
+];
 const LOOKS = ["auto", "light", "dark"];
 
 /** Links to the pages; `here` is the address of this one. */
@@ -44,6 +46,7 @@ export async function begin(here, build) {
         h("button", { type: "button", class: "plain small", lang: next[0], onclick: () => { memory.set("language", next[0]); speak(next[0]); draw(); } }, next[1]),
         sign("settings", `${t("appearance")}: ${t(looks)}`, () => { memory.set("looks", nextLooks); dress(nextLooks); draw(); }, { name: "looks" })),
       main);
+    app.querySelector("nav [aria-current]").scrollIntoView({ block: "nearest", inline: "center" }); // a phone may not have room for all
     main.replaceChildren();
     try {
       start ??= await api.start();

@@ -3,9 +3,9 @@
 import { AnswerText, copyText } from "./answer.js";
 import * as api from "./api.js";
 import { card, resultsIn } from "./cards.js";
+import { consentBox, mayTrain } from "./consent.js";
 import { toast } from "./dialogs.js";
 import { h, icon, sign } from "./html.js";
-import { memory } from "./settings.js";
 import { pressedFacts } from "./teach.js";
 import { number, t } from "./words.js";
 
@@ -416,12 +416,11 @@ export class Thread {
   }
 
   get mayTrain() {
-    return memory.get("consent", this.consentDefault ? "yes" : "no") === "yes";
+    return mayTrain(this.consentDefault);
   }
 
   consent() {
-    const box = h("input", { type: "checkbox", checked: this.mayTrain, onchange: () => memory.set("consent", box.checked ? "yes" : "no") });
-    return h("label", { class: "consent" }, box, h("span", {}, t("consent")));
+    return consentBox(this.consentDefault);
   }
 
   async compare(partners, verdict) {

@@ -1,0 +1,1 @@
+"""The arena: two hidden models answer the same prompt, a person says which is better, and then learns which they were."""
