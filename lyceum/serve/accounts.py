@@ -2,7 +2,7 @@
 
 | route | what it does |
 |---|---|
-| GET /api/account/export | every conversation with all its branches, and every judgement, as one JSON text that is streamed |
+| GET /api/account/export | every conversation with all its branches, every judgement, every response: one JSON text, streamed |
 | POST /api/account/import | conversations from such a file, or from ChatGPT's `conversations.json`: so many as a body may hold |
 | DELETE /api/account | all of it is deleted, really; what is being answered stops |
 
@@ -16,6 +16,7 @@ What it is not: single conversations (`lyceum.serve.pages`), or the files' shape
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +29,7 @@ from lyceum.serve.app import PRIVATE, private, read
 from lyceum.serve.arrivals import admit, admit_judgements, read_judgement
 from lyceum.serve.arrivals import read as read_arrival
 from lyceum.serve.guard import caller_of
+from lyceum.serve.limits import Caller
 from lyceum.serve.portable import account
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.service import Service
@@ -35,8 +37,18 @@ from lyceum.serve.store import Store
 from lyceum.serve.wishes import Arrivals
 
 
-def accounts(service: Service, store: Store, answers: Answers, *, is_own_machine: bool) -> APIRouter:
-    """The routes. is_own_machine: judgements from a file keep the consent they were given with."""
+def accounts(
+    service: Service,
+    store: Store,
+    answers: Answers,
+    *,
+    is_own_machine: bool,
+    stops: Iterable[Callable[[Caller], None]] = (),
+) -> APIRouter:
+    """The routes.
+
+    is_own_machine: judgements from a file keep the consent they were given with. stops: end what else is made for a caller.
+    """
     router = APIRouter(include_in_schema=False, default_response_class=Response)
 
     @router.get("/api/account/export")
@@ -54,7 +66,8 @@ def accounts(service: Service, store: Store, answers: Answers, *, is_own_machine
     @router.delete("/api/account")
     async def forget(request: Request) -> Response:
         caller = caller_of(request)
-        answers.stop_all(caller)
+        for stop in (answers.stop_all, *stops):
+            stop(caller)
         return private({"deleted": await asyncio.to_thread(store.forget, caller.id)})
 
     return router

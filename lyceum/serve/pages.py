@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -61,12 +61,18 @@ SETTLE_EVERY_S = 30.0
 
 
 def pages(
-    service: Service, store: Store, *, about: Mapping[str, Any] | None = None, is_own_machine: bool = True
+    service: Service,
+    store: Store,
+    *,
+    about: Mapping[str, Any] | None = None,
+    is_own_machine: bool = True,
+    stops: Iterable[Callable[[Caller], None]] = (),
 ) -> APIRouter:
     """The routes of the page.
 
     about: what the model studied and what to ask it (`studied`, `cannot`, `ask`), from its lessons. is_own_machine: nobody
     but its owner uses the server, so that judgements may be learned from unless the box is unticked; else unless it is ticked.
+    stops: end what else is made for a caller whose data is to be deleted.
     """
     desk = Desk(service, store)
 
@@ -79,7 +85,7 @@ def pages(
 
     router = APIRouter(lifespan=life)
     router.include_router(site())
-    router.include_router(accounts(service, store, desk.answers, is_own_machine=is_own_machine))
+    router.include_router(accounts(service, store, desk.answers, is_own_machine=is_own_machine, stops=stops))
 
     def route(method: str, path: str) -> Callable[..., Any]:
         return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)

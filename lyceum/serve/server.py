@@ -31,6 +31,8 @@ from lyceum.serve.models import load
 from lyceum.serve.offers import Offers
 from lyceum.serve.pages import pages
 from lyceum.serve.porter import Porter
+from lyceum.serve.responses.desk import Desk
+from lyceum.serve.responses.routes import responses
 from lyceum.serve.service import Service
 from lyceum.serve.store import Store
 
@@ -112,7 +114,10 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         hosts = (*config.allow_host, config.host) if not is_any(config.host) else config.allow_host
         routers = []
         if store is not None:
-            routers.append(pages(service, store, about=config.about, is_own_machine=not porter.asks))
+            desk = Desk(service, store)
+            about, is_own = config.about, not porter.asks
+            routers.append(pages(service, store, about=about, is_own_machine=is_own, stops=[desk.stop_all]))
+            routers.append(responses(desk))
         app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"
