@@ -16,6 +16,7 @@ What it is not: single conversations (`lyceum.serve.pages`), or the files' shape
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,8 +36,16 @@ from lyceum.serve.store import Store
 from lyceum.serve.wishes import Arrivals
 
 
-def accounts(service: Service, store: Store, answers: Answers, *, is_own_machine: bool) -> APIRouter:
-    """The routes. is_own_machine: judgements from a file keep the consent they were given with."""
+def accounts(
+    service: Service,
+    store: Store,
+    answers: Answers,
+    *,
+    is_own_machine: bool,
+    forget: Sequence[Callable[[str], Any]] = (),
+) -> APIRouter:
+    """The routes. is_own_machine: judgements from a file keep the consent they were given with. forget: deletes what else is an
+    owner's."""
     router = APIRouter(include_in_schema=False, default_response_class=Response)
 
     @router.get("/api/account/export")
@@ -52,9 +61,11 @@ def accounts(service: Service, store: Store, answers: Answers, *, is_own_machine
         return private(await asyncio.to_thread(_admitted, store, owner, wish, is_own_machine))
 
     @router.delete("/api/account")
-    async def forget(request: Request) -> Response:
+    async def delete(request: Request) -> Response:
         caller = caller_of(request)
         answers.stop_all(caller)
+        for also in forget:
+            await asyncio.to_thread(also, caller.id)
         return private({"deleted": await asyncio.to_thread(store.forget, caller.id)})
 
     return router

@@ -137,12 +137,13 @@ def api(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @get("/v1/models")
-    async def models() -> Response:
-        return as_json({"object": "list", "data": [served.to_json() for served in service.models.values()]})
+    async def models(request: Request) -> Response:
+        return as_json({"object": "list", "data": service.visible(caller_of(request))})
 
     @get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        return as_json(service.model(model).to_json())
+    async def model(request: Request, model: str) -> Response:
+        own = service.shelf.about(model, caller_of(request)) if service.shelf is not None else None
+        return as_json(service.model(model).to_json() if own is None else own.shown)
 
     @post("/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
@@ -168,7 +169,7 @@ def api(service: Service) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         wish = await read(request, TokenizeRequest, service)
         wish.check()
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         if wish.prompt is not None:
             text = wish.prompt
             ids = await off_loop(len(text), lambda: served.tokenizer.encode(text))
@@ -188,13 +189,13 @@ def api(service: Service) -> APIRouter:
     @post("/detokenize", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         wish = await read(request, DetokenizeRequest, service)
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         check_ids(wish.tokens, served, "tokens")
         return as_json({"prompt": served.tokenizer.decode(wish.tokens, keep_special=True)})
 
     @get("/tokenizer_info")
-    async def tokenizer_info(model: str | None = None) -> Response:
-        served = service.model(model)
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        served = await service.find(model, caller_of(request))
         tokenizer = served.tokenizer
         named = {number: name for name, number in tokenizer.special_ids.items()}
         return as_json(

@@ -35,11 +35,12 @@ from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 from lyceum.corpus.records import ToolCall
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve import terms
+from lyceum.serve.columns import storable
 from lyceum.serve.database import Database
 from lyceum.serve.drafts import LEASE_S, SAVE_EVERY_S, Draft, Saver, settle
 from lyceum.serve.judgements import Judgements
 from lyceum.serve.keys import Keys
-from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, STATES, storable
+from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, STATES
 from lyceum.serve.tree import (
     StoredConversation,
     StoredMessage,
