@@ -44,10 +44,12 @@ def accounts(
     *,
     is_own_machine: bool,
     stops: Iterable[Callable[[Caller], None]] = (),
+    forget: Iterable[Callable[[str], Any]] = (),
 ) -> APIRouter:
     """The routes.
 
-    is_own_machine: judgements from a file keep the consent they were given with. stops: end what else is made for a caller.
+    is_own_machine: judgements from a file keep the consent they were given with. stops: end what else is made for a caller, on
+    the event loop. forget: delete what else is an owner's, on a thread.
     """
     router = APIRouter(include_in_schema=False, default_response_class=Response)
 
@@ -64,10 +66,12 @@ def accounts(
         return private(await asyncio.to_thread(_admitted, store, owner, wish, is_own_machine))
 
     @router.delete("/api/account")
-    async def forget(request: Request) -> Response:
+    async def delete(request: Request) -> Response:
         caller = caller_of(request)
         for stop in (answers.stop_all, *stops):
             stop(caller)
+        for also in forget:
+            await asyncio.to_thread(also, caller.id)
         return private({"deleted": await asyncio.to_thread(store.forget, caller.id)})
 
     return router

@@ -160,14 +160,15 @@ def api(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         """The models. Beyond the original: `max_model_len`, `parent`, and `learned_from`, the line that a model comes from."""
-        return as_json({"object": "list", "data": [served.to_json() for served in service.models.values()]})
+        return as_json({"object": "list", "data": service.visible(caller_of(request))})
 
     @get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
+    async def model(request: Request, model: str) -> Response:
         """One model; its name may hold `/` and `:`."""
-        return as_json(service.model(model).to_json())
+        own = service.shelf.about(model, caller_of(request)) if service.shelf is not None else None
+        return as_json(service.model(model).to_json() if own is None else own.shown)
 
     @post(router, "/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
@@ -198,7 +199,7 @@ def api(service: Service) -> APIRouter:
         """A text, or a conversation as it is put before a model, as tokens; in vLLM's shapes."""
         wish = await read(request, TokenizeRequest, service)
         wish.check()
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         if wish.prompt is not None:
             text = wish.prompt
             ids = await off_loop(len(text), lambda: served.tokenizer.encode(text))
@@ -219,14 +220,14 @@ def api(service: Service) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """Tokens as a text."""
         wish = await read(request, DetokenizeRequest, service)
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         check_ids(wish.tokens, served, "tokens")
         return as_json({"prompt": served.tokenizer.decode(wish.tokens, keep_special=True)})
 
     @get("/tokenizer_info")
-    async def tokenizer_info(model: str | None = None) -> Response:
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
         """The marks and the chat template of a vocabulary, as lm-evaluation-harness reads them."""
-        served = service.model(model)
+        served = await service.find(model, caller_of(request))
         tokenizer = served.tokenizer
         named = {number: name for name, number in tokenizer.special_ids.items()}
         return as_json(

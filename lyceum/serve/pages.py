@@ -67,12 +67,14 @@ def pages(
     about: Mapping[str, Any] | None = None,
     is_own_machine: bool = True,
     stops: Iterable[Callable[[Caller], None]] = (),
+    forget: Iterable[Callable[[str], Any]] = (),
 ) -> APIRouter:
     """The routes of the page.
 
     about: what the model studied and what to ask it (`studied`, `cannot`, `ask`), from its lessons. is_own_machine: nobody
     but its owner uses the server, so that judgements may be learned from unless the box is unticked; else unless it is ticked.
     stops: end what else is made for a caller whose data is to be deleted.
+    forget: what else is an owner's, and is deleted with the account.
     """
     desk = Desk(service, store)
 
@@ -85,14 +87,16 @@ def pages(
 
     router = APIRouter(lifespan=life)
     router.include_router(site())
-    router.include_router(accounts(service, store, desk.answers, is_own_machine=is_own_machine, stops=stops))
+    router.include_router(
+        accounts(service, store, desk.answers, is_own_machine=is_own_machine, stops=stops, forget=forget)
+    )
 
     def route(method: str, path: str) -> Callable[..., Any]:
         return router.api_route(path, methods=[method], response_class=Response, include_in_schema=False)
 
     @route("GET", "/api/start")
     async def start(request: Request) -> Response:
-        models = [served.to_json() for served in service.models.values() if served.chat is not None]
+        models = service.visible(caller_of(request), chats=True)
         shown = [
             {"id": model["id"], "context_length": model["max_model_len"], "learned_from": model["learned_from"]}
             for model in models
@@ -330,7 +334,7 @@ class Desk:
         begun: str = "",
     ) -> tuple[Job, Prompt]:
         """A model begins to answer. Raises Refusal."""
-        served = self.service.model(name)
+        served = await self.service.find(name, caller)
         chat_of(served)
         prompt = await prompt_of(served, system, path, begun)
         known = {key: value for key, value in parameters.items() if key in Sampled.model_fields}

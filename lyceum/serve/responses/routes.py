@@ -53,7 +53,7 @@ def responses(desk: Desk) -> APIRouter:
     async def count(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         wish = await read(request, CountRequest, service)
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         format = chat_of(served)
         items = [*await desk.history(wish, caller_of(request)), *as_items(wish)]
         talk = as_chat(wish, items).conversation
