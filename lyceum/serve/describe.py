@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,8 +20,11 @@ from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
 from lyceum.serve.app import SCHEMAS, api, every_route, kinds
+from lyceum.serve.batch.routes import batches
+from lyceum.serve.files.routes import file_routes
 from lyceum.serve.protocol import Wish
 from lyceum.serve.responses.routes import responses
+from lyceum.serve.tuning.routes import tuning_routes
 
 HEAD = """# The API, route by route
 
@@ -34,16 +36,25 @@ refused with its nearest neighbour (400, `unknown_parameter`). A field that the 
 is refused by its name (400, `unsupported_parameter`), unless its value asks for nothing. Where nothing is said beside a field, it
 means what it means at OpenAI's.
 
-The routes that keep something (responses) are there where the server has a store, which `lyceum serve` always gives it. What is
-kept is its owner's, the owner of the key that asked; another's answers 404, as what never was.
+The routes that keep something (responses, files, batches) are there where the server has a store, which `lyceum serve` always
+gives it; those of fine-tuning where it was started with `--jobs`. What is kept is its owner's, the owner of the key that asked;
+for another it is not there (404).
 """
+
+
+class _Nothing:
+    """What stands behind routes that are not asked."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def routes() -> FastAPI:
     """An application that has the routes of the API, and nothing behind them."""
-    nothing: Any = SimpleNamespace(service=None, life=None)
+    nothing: Any = _Nothing()
+    routers = [api(nothing), responses(nothing), file_routes(nothing, nothing), batches(nothing)]
     app = FastAPI()
-    for router in (api(nothing), responses(nothing)):
+    for router in [*routers, tuning_routes(nothing, nothing, nothing, nothing)]:
         app.include_router(router)
     return app
 
@@ -72,6 +83,10 @@ def _route(route: APIRoute, schemas: dict[str, Any]) -> Iterator[str]:
     kind: type[Wish] | None = getattr(route.endpoint, "kind", None)
     if kind is not None:
         yield from _kind(kind, schemas[kind.__name__], has_words=False)
+        return
+    content = (route.openapi_extra or {}).get("requestBody", {}).get("content", {})
+    for form in content.values():
+        yield from _kind(Wish, form["schema"], has_words=False)
 
 
 def _kind(kind: type[Wish], schema: dict[str, Any], *, has_words: bool = True) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Lists that are read in pages: what a request says of its page, and a page as OpenAI's API shows it.
 
-    page = Page.of(request, order="desc")         # limit, after, order, within bounds
-    shown(rows, has_more)                         # {"object": "list", "data", "first_id", "last_id", "has_more"}
+    page = Page.of(request)                       # limit, after, order, within bounds
+    as_list(rows, has_more)                       # {"object": "list", "data", "first_id", "last_id", "has_more"}
 
 The next page is asked for with `after`, the id that the page before ended with.
 """
@@ -29,17 +29,14 @@ class Page:
     is_newest_first: bool
 
     @classmethod
-    def of(cls, request: Request, *, order: str = "desc", most: int = MOST, also: Sequence[str] = ()) -> Page:
-        """The page that a request's query asks for. also: other names that the query may hold. Raises Refusal."""
+    def of(cls, request: Request, *, most: int = MOST, has_order: bool = True) -> Page:
+        """The page that a request's query asks for, newest first unless it has an order and says so. Raises Refusal."""
         given = request.query_params
         for name in given:
-            if name not in ("limit", "after", "order", *also):
+            if name not in ("limit", "after", "order") or (name == "order" and not has_order):
                 raise Refusal(400, f"Unknown query parameter: '{name[:60]}'.", param=name, code="unknown_parameter")
-        limit, order = given.get("limit", str(USUAL)), given.get("order", order)
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= most):
-            raise Refusal(400, f"'limit' is {limit[:20]!r}, expected 1 to {most}.", param="limit", code="invalid_value")
-        if order not in ("asc", "desc"):
-            raise Refusal(400, f"'order' is {order[:20]!r}, expected asc or desc.", param="order", code="invalid_value")
+        limit, order = given.get("limit", str(USUAL)), given.get("order", "desc")
+        check_page(order, limit, most)
         return cls(int(limit), given.get("after"), order == "desc")
 
     def cut(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -53,10 +50,18 @@ class Page:
                     400, f"There is nothing with the id {self.after[:60]!r}.", param="after", code="not_found"
                 )
             start = ids.index(self.after) + 1
-        return shown(ordered[start : start + self.limit], len(ordered) > start + self.limit)
+        return as_list(ordered[start : start + self.limit], len(ordered) > start + self.limit)
 
 
-def shown(rows: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """A page, as it is told."""
-    first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
-    return {"object": "list", "data": list(rows), "first_id": first, "last_id": last, "has_more": has_more}
+def as_list(rows: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """A page of a list that goes on after the id of its last row."""
+    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": list(rows), **ends, "has_more": has_more}
+
+
+def check_page(order: str, limit: str, most: int) -> None:
+    """Raises Refusal for an order or a length of a page that is none."""
+    if order not in ("asc", "desc"):
+        raise Refusal(400, f"'order' is {order[:20]!r}, expected asc or desc.", param="order", code="invalid_value")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= most):
+        raise Refusal(400, f"'limit' is {limit[:20]!r}, expected 1 to {most}.", param="limit", code="invalid_value")

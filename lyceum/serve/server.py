@@ -27,6 +27,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lyceum.errors import UsageError
 from lyceum.serve.app import make_app
+from lyceum.serve.batch.routes import batches
+from lyceum.serve.batch.work import Work
 from lyceum.serve.files.kept import Files
 from lyceum.serve.files.routes import file_routes
 from lyceum.serve.limits import MIN_KEY, Limits
@@ -128,9 +130,11 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         if store is not None:
             desk = Desk(service, store)
             more, forget = files_and_jobs(service, store, config)
-            about, is_own, stops = config.about, not porter.asks, [desk.stop_all]
+            files = Files(store.database, home_of(store, config) / "files", service.limits)
+            work = Work(service, store.batches, files, desk)
+            about, is_own, stops = config.about, not porter.asks, [desk.stop_all, work.stop_all]
             routers.append(pages(service, store, about=about, is_own_machine=is_own, stops=stops, forget=forget))
-            routers += [responses(desk), *more]
+            routers += [responses(desk), batches(work), *more]
         app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"
@@ -140,6 +144,13 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         Server(uvicorn_config(app, config), said).run(sockets=[listening])
 
 
+def home_of(store: Store, config: ServerConfig) -> Path:
+    """The folder of files and jobs. Raises UsageError where nobody says which."""
+    if not config.files and not store.database.is_sqlite:
+        raise UsageError("files need a folder, and the store is no file beside which one could be", hint="--files DIR")
+    return Path(config.files or Path(store.database.place).with_suffix(".files"))
+
+
 def files_and_jobs(
     service: Service, store: Store, config: ServerConfig
 ) -> tuple[list[APIRouter], list[Callable[[str], Any]]]:
@@ -147,9 +158,7 @@ def files_and_jobs(
 
     Models that jobs have made are answered in any case. Raises UsageError where nobody says in which folder files are.
     """
-    if not config.files and not store.database.is_sqlite:
-        raise UsageError("files need a folder, and the store is no file beside which one could be", hint="--files DIR")
-    home = Path(config.files or Path(store.database.place).with_suffix(".files"))
+    home = home_of(store, config)
     files, jobs = Files(store.database, home / "files", service.limits), Jobs(store.database)
 
     def read(name: str, folder: Path) -> Served:

@@ -35,6 +35,7 @@ from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 from lyceum.corpus.records import ToolCall
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve import terms
+from lyceum.serve.batch.kept import Batches, forget_batches
 from lyceum.serve.columns import storable
 from lyceum.serve.database import Database
 from lyceum.serve.drafts import LEASE_S, SAVE_EVERY_S, Draft, Saver, settle
@@ -74,13 +75,14 @@ class Hit:
 
 
 class Store:
-    """The open store. `judgements`, `keys` and `responses` are the rest of it."""
+    """The open store. `judgements`, `keys`, `responses` and `batches` are the rest of it."""
 
     def __init__(self, database: Database, *, save_every_s: float = SAVE_EVERY_S):
         self.database = database
         self.judgements = Judgements(database)
         self.keys = Keys(database)
         self.responses = Responses(database)
+        self.batches = Batches(database)
         self.writer = secrets.token_hex(8)
         self.saver = Saver(database, self.writer, save_every_s)
 
@@ -227,6 +229,7 @@ class Store:
         with self.database.writing() as connection:
             connection.execute(delete(JUDGEMENTS).where(JUDGEMENTS.c.owner == owner))
             connection.execute(delete(RESPONSES).where(RESPONSES.c.owner == owner))
+            forget_batches(connection, owner)
             inside = MESSAGES.c.conversation.in_(mine)
             numbers = connection.execute(delete(MESSAGES).where(inside).returning(MESSAGES.c.number)).scalars().all()
             terms.remove(connection, "messages", numbers)

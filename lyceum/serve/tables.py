@@ -7,6 +7,7 @@
     files            what clients sent and what was made for them (`lyceum.serve.files.tables`)
     jobs             fine-tuning: what was asked, what happened, what was saved (`lyceum.serve.tuning.tables`)
     responses        answers of /v1/responses, each with what was asked (`lyceum.serve.responses.tables`)
+    batches          requests from files, and what came of their lines (`lyceum.serve.batch.tables`)
 
 `MIGRATIONS` is history: a step that was released is never changed, a new one is put behind it. The tables below are what
 the steps add up to, for the queries; a test compares the two on both databases. The index for the search is in no table:
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from sqlalchemy import Boolean, Connection, Double, Integer, Table
 
 from lyceum.serve import terms
+from lyceum.serve.batch.tables import batch_tables
 from lyceum.serve.columns import METADATA, NUMBER, SERIAL, Json, Words, column
 from lyceum.serve.files.tables import file_tables
 from lyceum.serve.responses.tables import response_tables
@@ -143,4 +145,5 @@ MIGRATIONS: tuple[Callable[[Connection], None], ...] = (  # step n leads to vers
     file_tables,
     job_tables,
     response_tables,
+    batch_tables,
 )

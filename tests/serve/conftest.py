@@ -440,16 +440,23 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
 def keeper(tokenizer: Tokenizer, known: Callable[..., Porter], tmp_path_factory: Any) -> Iterator[Running]:
     """A server with a store, for alice and bob (each with their own key), for one test after another."""
     pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
-    pages, desks, routes = (
-        importlib.import_module(f"lyceum.serve.{name}") for name in ("pages", "responses.desk", "responses.routes")
-    )
+    pages, desks, routes, files, uploads, work, batches = (
+        importlib.import_module(f"lyceum.serve.{name}")
+        for name in (
+            "pages", "responses.desk", "responses.routes", "files.kept", "files.routes", "batch.work", "batch.routes"
+        )
+    )  # fmt: skip
     service = Service([of_model("none", Chain(tokenizer), tokenizer)])
-    store = Store.open(tmp_path_factory.mktemp("keeper") / "store.sqlite")
+    place = tmp_path_factory.mktemp("keeper")
+    store = Store.open(place / "store.sqlite")
     desk = desks.Desk(service, store)
-    routers = [pages.pages(service, store, stops=[desk.stop_all]), routes.responses(desk)]
+    kept = files.Files(store.database, place / "files")
+    working = work.Work(service, store.batches, kept, desk)
+    routers = [pages.pages(service, store, stops=[desk.stop_all, working.stop_all]), routes.responses(desk)]
+    routers += [uploads.file_routes(service, kept), batches.batches(working)]
     app = make_app(service, porter=known("alice", "bob"), routers=routers)
     running: Any = Running(service, app, service.limits)
-    running.store, running.desk = store, desk
+    running.store, running.desk, running.files, running.work = store, desk, kept, working
     yield running
     running.close()
     store.close()

@@ -30,6 +30,7 @@ from lyceum.serve.files.kept import File, Files
 from lyceum.serve.files.uploads import Upload, received
 from lyceum.serve.guard import caller_of
 from lyceum.serve.limits import Limits
+from lyceum.serve.listing import as_list, check_page
 from lyceum.serve.models import Served
 from lyceum.serve.refusals import Refusal, unsupported
 from lyceum.serve.service import Service
@@ -64,6 +65,7 @@ def file_routes(
 
     @router.post("/v1/files", openapi_extra={"requestBody": FORM})
     async def create(request: Request) -> Response:
+        """Send a file, as a form; one for `fine-tune` or `batch` is read at once, and refused with the line that is wrong."""
         owner = caller_of(request).id
         declared = int(request.headers.get("content-length", "0"))
         await asyncio.to_thread(files.check_share, owner, declared)
@@ -87,6 +89,7 @@ def file_routes(
     async def listed(
         request: Request, purpose: str | None = None, order: str = "desc", limit: str = str(MAX_PAGE), after: str = ""
     ) -> Response:
+        """Your files, newest first (`purpose`, `order`, `limit`, `after`)."""
         check_page(order, limit, MAX_PAGE)
         wanted: dict[str, Any] = {"purpose": purpose, "order": order, "limit": int(limit), "after": after or None}
         page, has_more = await asyncio.to_thread(files.listed, caller_of(request).id, **wanted)
@@ -94,16 +97,19 @@ def file_routes(
 
     @router.get("/v1/files/{id}")
     async def retrieve(request: Request, id: str) -> Response:
+        """What is known of a file; `status_details` says what was found in it."""
         return private((await asyncio.to_thread(files.about, caller_of(request).id, id)).to_json())
 
     @router.get("/v1/files/{id}/content")
     async def content(request: Request, id: str) -> Response:
+        """A file's bytes, as they came."""
         path = await asyncio.to_thread(files.path, caller_of(request).id, id)
         headers = {**PRIVATE, "content-disposition": "attachment"}
         return FileResponse(path, headers=headers, media_type="application/octet-stream")
 
     @router.delete("/v1/files/{id}")
     async def delete(request: Request, id: str) -> Response:
+        """Delete a file."""
         await asyncio.to_thread(files.delete, caller_of(request).id, id)
         return private({"id": id, "object": "file", "deleted": True})
 
@@ -127,20 +133,6 @@ FORM = {
         }
     },
 }  # as the application describes itself
-
-
-def as_list(rows: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """A page of a list that goes on after the id of its last row."""
-    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": rows, **ends, "has_more": has_more}
-
-
-def check_page(order: str, limit: str, most: int) -> None:
-    """Raises Refusal for an order or a length of a page that is none."""
-    if order not in ("asc", "desc"):
-        raise Refusal(400, f"'order' is {order[:20]!r}, expected asc or desc.", param="order", code="invalid_value")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= most):
-        raise Refusal(400, f"'limit' is {limit[:20]!r}, expected 1 to {most}.", param="limit", code="invalid_value")
 
 
 def _purpose(upload: Upload) -> str:

@@ -29,12 +29,12 @@ from starlette.responses import Response
 
 from lyceum.errors import NotFound
 from lyceum.run import disk_errors
-from lyceum.serve.app import SCHEMAS, EventStream, private, read
+from lyceum.serve.app import EventStream, post, private, read
 from lyceum.serve.files.checks import Found
 from lyceum.serve.files.kept import File, Files
-from lyceum.serve.files.routes import as_list, check_page
 from lyceum.serve.guard import caller_of
 from lyceum.serve.limits import Caller
+from lyceum.serve.listing import as_list, check_page
 from lyceum.serve.models import Served
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.service import Service
@@ -62,16 +62,16 @@ def tuning_routes(service: Service, files: Files, jobs: Jobs, foreman: Foreman) 
 
     router = APIRouter(lifespan=life, default_response_class=Response)
     base = "/v1/fine_tuning/jobs"
-    sent = {"schema": {"$ref": SCHEMAS.format(model=JobRequest.__name__)}}
-    described = {"requestBody": {"required": True, "content": {"application/json": sent}}}
 
-    @router.post(base, openapi_extra=described)
+    @post(router, base, JobRequest)
     async def create(request: Request) -> Response:
+        """Ask for a fine-tuning job. What would keep it from beginning is refused at once."""
         wish = await read(request, JobRequest, service)
         return private(job_json(await desk.create(wish, caller_of(request))))
 
     @router.get(base)
     async def listed(request: Request, limit: str = str(PAGE), after: str = "") -> Response:
+        """Your jobs, newest first (`limit`, `after`)."""
         check_page("desc", limit, MAX_PAGE)
         if any(name.startswith("metadata") for name in request.query_params):
             raise Refusal(400, "'metadata' does not choose jobs here.", param="metadata", code="unsupported_parameter")
@@ -81,12 +81,14 @@ def tuning_routes(service: Service, files: Files, jobs: Jobs, foreman: Foreman) 
 
     @router.get(base + "/{id}")
     async def retrieve(request: Request, id: str) -> Response:
+        """A job as it stands."""
         return private(job_json(await asyncio.to_thread(jobs.about, caller_of(request).id, id)))
 
     turns = {"cancel": jobs.cancel, "pause": jobs.pause, "resume": jobs.resume}
 
     @router.post(base + "/{id}/{verb}")
     async def turn(request: Request, id: str, verb: str) -> Response:
+        """`cancel`, `pause` or `resume` a job."""
         if verb not in turns:
             raise Refusal(404, f"Invalid URL (POST {request.url.path})", code="unknown_url")
         job = await asyncio.to_thread(turns[verb], caller_of(request).id, id)
@@ -97,6 +99,7 @@ def tuning_routes(service: Service, files: Files, jobs: Jobs, foreman: Foreman) 
     async def events(
         request: Request, id: str, limit: str = str(PAGE), after: str = "", stream: bool = False
     ) -> Response:
+        """What happened to a job, newest first; `stream=true`: from the beginning, as it happens."""
         owner = caller_of(request).id
         if stream:
             await asyncio.to_thread(jobs.about, owner, id)
@@ -108,6 +111,7 @@ def tuning_routes(service: Service, files: Files, jobs: Jobs, foreman: Foreman) 
 
     @router.get(base + "/{id}/checkpoints")
     async def checkpoints(request: Request, id: str, limit: str = "10", after: str = "") -> Response:
+        """The models that a job saved, with what was measured then."""
         check_page("desc", limit, MAX_PAGE)
         given: dict[str, Any] = {"limit": int(limit), "after": after or None}
         page, has_more = await asyncio.to_thread(jobs.checkpoints, caller_of(request).id, id, **given)
@@ -115,6 +119,7 @@ def tuning_routes(service: Service, files: Files, jobs: Jobs, foreman: Foreman) 
 
     @router.delete("/v1/models/{model:path}")
     async def delete(request: Request, model: str) -> Response:
+        """Delete a model that a job of yours has made."""
         caller = caller_of(request)
         caller.need("training")
         await asyncio.to_thread(desk.delete_model, model, caller)
