@@ -15,6 +15,8 @@ from typing import Any
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import update
 
 pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
@@ -105,7 +107,7 @@ def test_lines_are_answered_by_their_ids_as_their_route_answers(keep: Make, deco
     ("url", "body", "answer"),
     [
         ("/v1/completions", {"model": "m", "prompt": "hi", "max_tokens": 3}, lambda body: body["choices"][0]["text"]),
-        ("/v1/responses", {"model": "m", "input": "hi"}, lambda body: body["output"][0]["content"][0]["text"]),
+        ("/v1/responses", {"model": "m", "input": "hi", "max_output_tokens": 3}, lambda body: body["output"][0]["content"][0]["text"]),
         ("/v1/embeddings", {"model": "m", "input": ["a", "b"]}, lambda body: [len(one["embedding"]) for one in body["data"]]),
     ],
 )  # fmt: skip
@@ -272,6 +274,46 @@ def test_a_file_that_could_not_be_written_is_written_once_later(
     assert failed and found.status == "completed" and found.request_counts.completed == 3
     names = [file.filename for file in client.files.list(purpose="batch_output")]
     assert names.count(f"{found.id}_output.jsonl") == 1 and len(read(client, found.output_file_id)) == 3
+
+
+@pytest.mark.slow
+def test_a_batch_whose_file_was_deleted_ends_and_keeps_what_is_done(
+    keep: Make, chain: Make, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    server = keep(m=chain("ab"))
+    client, answered = server.openai(ALICE), work.answered
+
+    async def breaks_at_the_second(*args: Any) -> Any:
+        if args[-1].get("user") == "second":
+            raise RuntimeError("killed here")
+        return await answered(*args)
+
+    monkeypatch.setattr(work, "answered", breaks_at_the_second)
+    monkeypatch.setattr(work, "AT_ONCE", 1)
+    begun = begin(client, [row("first"), row("second", {**BODY, "user": "second"})])
+    while client.batches.retrieve(begun.id).request_counts.completed < 1 or begun.id in server.work.running:
+        time.sleep(0.005)
+    client.files.delete(begun.input_file_id)
+    found = wait(client, begun.id)
+    assert found.status == "failed" and found.errors.data[0].code == "file_not_found"
+    assert [one["custom_id"] for one in read(client, found.output_file_id)] == ["first"]
+
+
+@pytest.mark.slow
+def test_no_body_breaks_the_route(keep: Make, chain: Make) -> None:
+    server = keep(m=chain("ab"))
+    good = upload(server.openai(ALICE), [row(1)])
+    right = {"input_file_id": good, "endpoint": CHAT, "completion_window": "24h"}
+    values = st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.dictionaries(st.text(), st.text())
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.dictionaries(st.sampled_from(sorted(routes.BatchRequest.model_fields)), values, max_size=3))
+    def send(body: dict[str, Any]) -> None:
+        answer = server.ask("POST", "/v1/batches", {**right, **body}, {"authorization": f"Bearer {ALICE}"})
+        assert answer.status in (200, 400, 404, 409), answer.text
+
+    send()
+    assert server.idle()
 
 
 # -- the store ---------------------------------------------------------------------------------------------------------

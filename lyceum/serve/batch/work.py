@@ -176,7 +176,11 @@ class Work:
 
     async def _lines(self, running: Running, body: Body) -> None:
         done = await asyncio.to_thread(self.kept.done, running.id)
-        lines = read_requests(await asyncio.to_thread(self._path, running.owner, body), self.service.limits)
+        try:
+            path = await asyncio.to_thread(self._path, running.owner, body)
+        except NotFound:  # its owner deleted it: what is done stays, what is left cannot be known
+            return
+        lines = read_requests(path, self.service.limits)
         async with asyncio.TaskGroup() as group:
             while (found := await asyncio.to_thread(next, lines, None)) is not None:
                 number, request = found
@@ -211,9 +215,13 @@ class Work:
     def _closed(self, running: Running, body: Body) -> None:
         """Write the files, then the end."""
         num_left = body["request_counts"]["total"] - len(self.kept.done(running.id))
-        status = "cancelled" if body["status"] == "cancelling" else "expired" if num_left else "completed"
-        if status == "expired":
-            self._expire(running, body)
+        status, errors = "cancelled" if body["status"] == "cancelling" else "completed", body["errors"]
+        if status == "completed" and num_left:  # the time is over, or the file of requests is gone
+            status = "expired" if time.time() >= body["expires_at"] else "failed"
+            try:
+                self._expire(running, body)
+            except NotFound as error:
+                errors = {"object": "list", "data": [_error(error)]}
         counts, used = {"total": body["request_counts"]["total"]}, _usage()
         for kind, has_failed in (("output", False), ("error", True)):
             num = 0
@@ -230,7 +238,7 @@ class Work:
                     name, expires = f"{running.id}_{kind}.jsonl", float(body["output_expires_at"] or 0)
                     self.files.add(running.owner, draft, filename=name, purpose="batch_output", expires=expires)
         values = {"status": status, f"{status}_at": int(time.time()), "request_counts": counts, "usage": used}
-        self.kept.end(running.id, self.writer, **values)
+        self.kept.end(running.id, self.writer, **values, errors=errors)
 
     def _expire(self, running: Running, body: Body) -> None:
         done, waiting = self.kept.done(running.id), list[Result]()
