@@ -138,7 +138,7 @@ def api(service: Service) -> APIRouter:
 
     @get("/v1/models")
     async def models(request: Request) -> Response:
-        return as_json({"object": "list", "data": service.visible(caller_of(request))})
+        return as_json({"object": "list", "data": await service.visible(caller_of(request))})
 
     @get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
