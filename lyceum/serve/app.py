@@ -162,7 +162,7 @@ def api(service: Service) -> APIRouter:
     @get("/v1/models")
     async def models(request: Request) -> Response:
         """The models. Beyond the original: `max_model_len`, `parent`, and `learned_from`, the line that a model comes from."""
-        return as_json({"object": "list", "data": service.visible(caller_of(request))})
+        return as_json({"object": "list", "data": await service.visible(caller_of(request))})
 
     @get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:

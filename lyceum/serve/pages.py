@@ -96,7 +96,7 @@ def pages(
 
     @route("GET", "/api/start")
     async def start(request: Request) -> Response:
-        models = service.visible(caller_of(request), chats=True)
+        models = await service.visible(caller_of(request), chats=True)
         shown = [
             {"id": model["id"], "context_length": model["max_model_len"], "learned_from": model["learned_from"]}
             for model in models

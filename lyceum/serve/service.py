@@ -77,9 +77,12 @@ class Service:
                 return served
         return self.model(name)
 
-    def visible(self, caller: Caller = EVERYBODY, *, chats: bool = False) -> list[dict[str, Any]]:
+    async def visible(self, caller: Caller = EVERYBODY, *, chats: bool = False) -> list[dict[str, Any]]:
         """The models that a caller sees, as `/v1/models` shows them; chats: only those that do, as all that jobs make do."""
-        own = [] if self.shelf is None else [tuned.shown for tuned in self.shelf.visible(caller)]
+        own = []
+        if self.shelf is not None:
+            await asyncio.to_thread(self.shelf.look)  # a job may have made one this moment
+            own = [tuned.shown for tuned in self.shelf.visible(caller)]
         shared = [served for served in self.models.values() if served.chat is not None or not chats]
         return [*(served.to_json() for served in shared), *own]
 

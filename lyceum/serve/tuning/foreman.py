@@ -33,6 +33,7 @@ from lyceum import device
 from lyceum.errors import LyceumError
 from lyceum.log import log, read_metrics
 from lyceum.model.hub import read_json
+from lyceum.run import PARTIAL, PREVIOUS
 from lyceum.serve.files.kept import Files
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.tuning import process as real_process
@@ -294,7 +295,8 @@ class Foreman:
     def _snapshots(self, job: Job, section: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found = []
         for folder in sorted(section.glob("snapshot-*")):
-            if (folder / "config.json").is_file():
+            is_whole = folder.suffix not in (PARTIAL, PREVIOUS)  # while it is written it has another name
+            if is_whole and (folder / "config.json").is_file():
                 step = int(read_json(folder / "lyceum.json").get("step") or 0)
                 named = {
                     "name": f"{job.name}:ckpt-step-{step}",

@@ -7,7 +7,7 @@
 What "auto" comes to, for n examples (tried on models of one to thirty million weights; docs/finetune.md has the table):
 
 - epochs: as many as make `EXAMPLES` of them, 3 at least and 25 at most (reinforcement: `ROUNDS` rounds of sampling, 1 at least);
-- batch size: n / 40, between 2 and 16; of dpo pairs the same; of reinforcement 8 prompts, each with 8 replies;
+- batch size: n / 40, between 4 and 16; of dpo pairs the same; of reinforcement 8 prompts, each with 8 replies;
 - learning rate: that of `RATES` where a model has at most `SMALL` weights, falling with the square root beyond; the multiplier
   multiplies it;
 - above `LARGE` weights low-rank adapters are trained in place of the weights.
@@ -35,7 +35,7 @@ from lyceum.serve.limits import Limits
 from lyceum.serve.models import Served
 from lyceum.serve.refusals import Refusal
 
-EXAMPLES = 2000  # of all epochs together
+EXAMPLES = 1000  # of all epochs together
 ROUNDS = 60  # of reinforcement
 REPLIES = 8  # to each prompt of a round
 REPLY_TOKENS = 64  # the longest reply of reinforcement, where the context has room for it
@@ -110,7 +110,7 @@ def _autos(kind: str, num: int) -> dict[str, Any]:
         return {**found, "batch_size": min(8, num), "n_epochs": max(1, math.ceil(ROUNDS * min(8, num) / num))}
     return {
         **found,
-        "batch_size": min(num, max(2, min(16, round(num / 40)))),
+        "batch_size": min(num, max(4, min(16, round(num / 40)))),
         "n_epochs": max(3, min(25, math.ceil(EXAMPLES / num))),
     }
 

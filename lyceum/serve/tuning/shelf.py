@@ -29,6 +29,7 @@ from lyceum.serve.refusals import Refusal
 from lyceum.serve.tuning.kept import Jobs
 
 MOST_LOADED = 4
+PREFIX = "ft:"  # of their names
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class Shelf:
 
     async def find(self, name: str, caller: Caller) -> Served | None:
         """A model of somebody's, loaded; None for what is not there, or another's. Raises Refusal where it cannot be read."""
+        if name not in self._known and name.startswith(
+            PREFIX
+        ):  # a job may have made it this moment, or another server's job
+            await asyncio.to_thread(self.look)
         tuned = self.about(name, caller)
         if tuned is None:
             return None

@@ -71,7 +71,7 @@ def test_a_job_from_its_files_to_a_model_that_answers(tuning: Callable, pretend:
     )  # fmt: skip
     assert (job.object, job.model, job.training_file, job.validation_file) == ("fine_tuning.job", "demo", train, valid)
     assert (job.seed, job.metadata, job.fine_tuned_model, job.result_files) == (7, {"a": "b"}, None, [])
-    assert job.hyperparameters.n_epochs == 2 and job.hyperparameters.batch_size == 2
+    assert job.hyperparameters.n_epochs == 2 and job.hyperparameters.batch_size == 4
     assert job.method is not None and job.method.supervised is not None
     recipe = load_recipe(server.home / "jobs" / job.id / "job.toml")
     assert recipe.seed == 7 and recipe.name == job.id
