@@ -56,7 +56,7 @@ RANKED = ("rankings", "judgements")  # who puts answers in order: a written rule
 
 ON_POLICY = (  # what a policy that learns from its own samples starts from, besides itself
     _from("reward", needed=lambda config: not config.rewards or "model" in config.rewards),
-    _from("lessons", "lessons", "judgements"),
+    _from("lessons", "lessons", "judgements", needed=lambda config: not config.prompts),
     _from("pretrain", needed=lambda config: config.ptx_coef > 0),
 )
 
@@ -84,7 +84,11 @@ KINDS: dict[str, Kind] = {
         "stage 2: learn to answer, from written conversations",
         "lyceum.stages.sft",
         "SFTConfig",
-        (_from("policy", "pretrain", "sft"), _from("lessons", "lessons", "select"), _from("reward", needed=False)),
+        (
+            _from("policy", "pretrain", "sft"),
+            _from("lessons", "lessons", "select", needed=lambda config: not config.data),
+            _from("reward", needed=False),
+        ),
         every_rank=True,
     ),
     "rankings": Kind(

@@ -194,6 +194,16 @@ def _serve_options(parser: Parser) -> None:
         help="where chats are kept: a file or postgresql://... (default: in the run)",
     )
     add("--runs", default="", metavar="DIR", help="whose runs the page /runs shows (default: where the served run is)")
+    add("--files", default="", metavar="DIR", help="where uploaded files and jobs are kept (default: beside the store)")
+    add(
+        "--jobs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="fine-tuning over the API (default: only where others cannot reach the server)",
+    )
+    add("--jobs-at-once", type=int, default=1, help="fine-tuning jobs side by side; others wait (default 1)")
+    add("--job-threads", type=int, default=0, help="that a job computes on (default: half of the cores)")
+    add("--job-memory", type=float, default=0.0, metavar="GB", help="that a job may take (default: half of it)")
     add("--certificate", default="", metavar="FILE", help="PEM, for TLS")
     add("--private-key", default="", metavar="FILE", help="PEM, for TLS")
 
@@ -220,7 +230,7 @@ def _keys_options(parser: Parser) -> None:
                 "--scope",
                 action="append",
                 default=[],
-                help="models, inference, metrics, runs; may be repeated (default: the first two)",
+                help="models, inference, metrics, training, runs; may be repeated (default: the first two)",
             )
             verb.add_argument("--days", type=float, default=0.0, help="for how long it is good (default: for ever)")
             verb.add_argument("--owner", default="", help="whose chats it opens (default: its own)")

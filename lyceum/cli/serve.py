@@ -45,8 +45,9 @@ def serve(args: argparse.Namespace) -> None:
     device.prepare("serve")  # before torch is imported
     try:
         from lyceum.serve.limits import Limits
-        from lyceum.serve.server import ServerConfig
+        from lyceum.serve.server import ServerConfig, is_local
         from lyceum.serve.server import serve as run
+        from lyceum.serve.tuning.foreman import Crew
     except ModuleNotFoundError as error:
         raise LyceumError(f"the server needs the package {error.name}", hint="pip install 'lyceum[serve]'") from None
     limits = Limits(
@@ -69,6 +70,9 @@ def serve(args: argparse.Namespace) -> None:
         about=find_about(first, saved_info(first.checkpoint)),
         runs=runs,
         shelf=Path(args.runs) if args.runs else shelf_of(first.checkpoint),
+        files=args.files or (str(run_folder(first.checkpoint) / "store.files") if "://" in args.store else ""),
+        jobs=is_local(args.host) if args.jobs is None else args.jobs,
+        crew=Crew(args.jobs_at_once, args.job_threads, int(args.job_memory * (1 << 30))),
         limits=limits,
     )
     run(folders, config)

@@ -24,6 +24,7 @@ from fractions import Fraction
 from typing import Any
 
 from lyceum.errors import ConfigError
+from lyceum.evals.graders import grade
 
 TOLERANCE = 1e-6  # of a number written as a rounded decimal, beside its own size
 MAX_POWER = 64  # exponents beyond it are not worked out
@@ -68,7 +69,18 @@ def form(prompt: str, response: str, meta: Mapping[str, Any], pattern: str = "")
     return float(_match(str(wanted), response) is not None) if wanted else None
 
 
-VERIFIERS: dict[str, Verifier] = {"exact_answer": exact_answer, "arithmetic": arithmetic, "format": form}
+def graded(prompt: str, response: str, meta: Mapping[str, Any], pattern: str = "") -> float | None:
+    """What `meta["grader"]` says of the response to the row `meta["item"]` (`lyceum.evals.graders`); None without one."""
+    grader = meta.get("grader")
+    return grade(grader, response, meta.get("item") or {}) if isinstance(grader, Mapping) else None
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact_answer": exact_answer,
+    "arithmetic": arithmetic,
+    "format": form,
+    "grader": graded,
+}
 
 
 # ---------------------------------------------------------------- numbers

@@ -2,7 +2,7 @@
 
 | route | what it does |
 |---|---|
-| GET /api/account/export | every conversation with all its branches, and every judgement, as one JSON text that is streamed |
+| GET /api/account/export | every conversation with all its branches, every judgement, every response: one JSON text, streamed |
 | POST /api/account/import | conversations from such a file, or from ChatGPT's `conversations.json`: so many as a body may hold |
 | DELETE /api/account | all of it is deleted, really; what is being answered stops |
 
@@ -16,7 +16,7 @@ What it is not: single conversations (`lyceum.serve.pages`), or the files' shape
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +29,7 @@ from lyceum.serve.app import PRIVATE, private, read
 from lyceum.serve.arrivals import admit, admit_judgements, read_judgement
 from lyceum.serve.arrivals import read as read_arrival
 from lyceum.serve.guard import caller_of
+from lyceum.serve.limits import Caller
 from lyceum.serve.portable import account
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.service import Service
@@ -40,12 +41,17 @@ def accounts(
     service: Service,
     store: Store,
     answers: Answers,
-    forgotten: Callable[[str], None] = lambda owner: None,
     *,
     is_own_machine: bool,
+    changed: Callable[[str], None] = lambda owner: None,
+    stops: Iterable[Callable[[Caller], None]] = (),
+    forget: Iterable[Callable[[str], Any]] = (),
 ) -> APIRouter:
-    """The routes. forgotten: told whose data have changed at one blow. is_own_machine: judgements from a file keep the consent
-    they were given with."""
+    """The routes.
+
+    is_own_machine: judgements from a file keep the consent they were given with. changed: told whose data have changed at one
+    blow. stops: end what else is made for a caller, on the event loop. forget: delete what else is an owner's, on a thread.
+    """
     router = APIRouter(include_in_schema=False, default_response_class=Response)
 
     @router.get("/api/account/export")
@@ -59,15 +65,18 @@ def accounts(
     async def arrive(request: Request) -> Response:
         wish, owner = await read(request, Arrivals, service), caller_of(request).id
         came = await asyncio.to_thread(_admitted, store, owner, wish, is_own_machine)
-        forgotten(owner)
+        changed(owner)
         return private(came)
 
     @router.delete("/api/account")
-    async def forget(request: Request) -> Response:
+    async def delete(request: Request) -> Response:
         caller = caller_of(request)
-        answers.stop_all(caller)
+        for stop in (answers.stop_all, *stops):
+            stop(caller)
+        for also in forget:
+            await asyncio.to_thread(also, caller.id)
         num_deleted = await asyncio.to_thread(store.forget, caller.id)
-        forgotten(caller.id)
+        changed(caller.id)
         return private({"deleted": num_deleted})
 
     return router

@@ -33,6 +33,11 @@ def event(content: Any) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
+def named_event(content: Any) -> bytes:
+    """One event of a stream whose events have types: the type stands before it, too."""
+    return f"event: {content['type']}\n".encode() + event(content)
+
+
 class Growing:
     """One reply as it is made: its text, and its tokens up to where the text is certain.
 

@@ -7,6 +7,7 @@
 | GET /v1/models, /v1/models/{id} | the models |
 | POST /v1/chat/completions, /v1/completions, /v1/edits | text |
 | POST /v1/embeddings | vectors |
+| /v1/responses | text, over what the server keeps (`lyceum.serve.responses.routes`, where there is a store) |
 | POST /tokenize, /detokenize, GET /tokenizer_info | tokens |
 | GET /health, /ready, /metrics, /openapi.json | the server itself |
 
@@ -27,6 +28,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.telemetry import TelemetryConfig
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
@@ -39,13 +41,12 @@ from lyceum import __version__
 from lyceum.corpus.records import Conversation
 from lyceum.errors import LyceumError
 from lyceum.log import log
-from lyceum.serve.answers import DONE, event, token_name
+from lyceum.serve.answers import DONE, event, named_event, token_name
 from lyceum.serve.chat import Chat, chat_of, check_size, edit
 from lyceum.serve.completions import Completion, check_ids
 from lyceum.serve.guard import Guard, body_of, caller_of, refused
 from lyceum.serve.porter import Porter
 from lyceum.serve.protocol import (
-    REQUESTS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -112,63 +113,93 @@ def make_app(
     return app
 
 
+def post(router: APIRouter, path: str, kind: type[Wish]) -> Any:
+    """A route whose body is a JSON object of this kind, as /openapi.json says too."""
+    reference = {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}
+    described = {"requestBody": {"required": True, "content": {"application/json": reference}}}
+
+    def add(endpoint: Any) -> Any:
+        endpoint.kind = kind
+        return router.post(path, response_class=Response, openapi_extra=described)(endpoint)
+
+    return add
+
+
+def kinds(app: FastAPI) -> dict[str, type[Wish]]:
+    """The kinds of bodies that the routes of an application take, by their names."""
+    found = [getattr(route.endpoint, "kind", None) for route in every_route(app)]
+    return {kind.__name__: kind for kind in found if kind is not None}
+
+
+def every_route(app: FastAPI) -> list[APIRoute]:
+    """All routes of an application, those of the routers within routers too."""
+    found = (context.original_route for context in iter_route_contexts(app.routes))
+    return [route for route in found if isinstance(route, APIRoute)]
+
+
 def api(service: Service) -> APIRouter:
     """The routes of the API."""
     router = APIRouter()
     get = partial(router.get, response_class=Response)
 
-    def post(path: str, kind: type[Wish]) -> Any:
-        reference = {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}
-        described = {"requestBody": {"required": True, "content": {"application/json": reference}}}
-        return router.post(path, response_class=Response, openapi_extra=described)
-
     @get("/health")
     async def health() -> Response:
+        """Whether the process answers. Open without a key."""
         return as_json({"status": "ok"})
 
     @get("/ready")
     async def ready() -> Response:
+        """Whether the engine runs. Open without a key."""
         if not service.worker.is_running:
             raise Refusal(503, "The engine does not run.", code="not_ready")
         return as_json({"status": "ready"})
 
     @get("/metrics")
     async def metrics() -> Response:
+        """The server's numbers, for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @get("/v1/models")
-    async def models() -> Response:
-        return as_json({"object": "list", "data": [served.to_json() for served in service.models.values()]})
+    async def models(request: Request) -> Response:
+        """The models. Beyond the original: `max_model_len`, `parent`, and `learned_from`, the line that a model comes from."""
+        return as_json({"object": "list", "data": await service.visible(caller_of(request))})
 
     @get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        return as_json(service.model(model).to_json())
+    async def model(request: Request, model: str) -> Response:
+        """One model; its name may hold `/` and `:`."""
+        own = service.shelf.about(model, caller_of(request)) if service.shelf is not None else None
+        return as_json(service.model(model).to_json() if own is None else own.shown)
 
-    @post("/v1/chat/completions", ChatRequest)
+    @post(router, "/v1/chat/completions", ChatRequest)
     async def chat_completions(request: Request) -> Response:
+        """A conversation's next message, whole or as a stream of events."""
         wish = await read(request, ChatRequest, service)
         return await answer(request, Chat.open(service, wish, caller_of(request)), bool(wish.stream))
 
-    @post("/v1/completions", CompletionRequest)
+    @post(router, "/v1/completions", CompletionRequest)
     async def completions(request: Request) -> Response:
+        """Texts or token lists and how they go on, whole or as a stream of events."""
         wish = await read(request, CompletionRequest, service)
         return await answer(request, Completion.open(service, wish, caller_of(request)), bool(wish.stream))
 
-    @post("/v1/edits", EditRequest)
+    @post(router, "/v1/edits", EditRequest)
     async def edits(request: Request) -> Response:
+        """The route of 2022: a model that chats is asked to edit a text."""
         wish = await read(request, EditRequest, service)
         return as_json(await while_there(request, edit(service, wish, caller_of(request))))
 
-    @post("/v1/embeddings", EmbeddingRequest)
+    @post(router, "/v1/embeddings", EmbeddingRequest)
     async def embeddings(request: Request) -> Response:
+        """Vectors, of a model whose folder says how they are made."""
         wish = await read(request, EmbeddingRequest, service)
         return as_json(await while_there(request, embed(service, wish, caller_of(request))))
 
-    @post("/tokenize", TokenizeRequest)
+    @post(router, "/tokenize", TokenizeRequest)
     async def tokenize(request: Request) -> Response:
+        """A text, or a conversation as it is put before a model, as tokens; in vLLM's shapes."""
         wish = await read(request, TokenizeRequest, service)
         wish.check()
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         if wish.prompt is not None:
             text = wish.prompt
             ids = await off_loop(len(text), lambda: served.tokenizer.encode(text))
@@ -185,16 +216,18 @@ def api(service: Service) -> APIRouter:
             found["token_strs"] = [token_name(served.tokenizer, token) for token in ids]
         return as_json(found)
 
-    @post("/detokenize", DetokenizeRequest)
+    @post(router, "/detokenize", DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
+        """Tokens as a text."""
         wish = await read(request, DetokenizeRequest, service)
-        served = service.model(wish.model)
+        served = await service.find(wish.model, caller_of(request))
         check_ids(wish.tokens, served, "tokens")
         return as_json({"prompt": served.tokenizer.decode(wish.tokens, keep_special=True)})
 
     @get("/tokenizer_info")
-    async def tokenizer_info(model: str | None = None) -> Response:
-        served = service.model(model)
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        """The marks and the chat template of a vocabulary, as lm-evaluation-harness reads them."""
+        served = await service.find(model, caller_of(request))
         tokenizer = served.tokenizer
         named = {number: name for name, number in tokenizer.special_ids.items()}
         return as_json(
@@ -219,10 +252,15 @@ async def read(request: Request, kind: type[W], service: Service) -> W:
     """The object that was sent. Raises Refusal for what is no JSON, or not of this kind."""
     content = body_of(request)
     given = await off_loop(len(content), lambda: _parse(content, service.limits.items))
+    return await understood(given, kind, len(content))
+
+
+async def understood(given: Any, kind: type[W], size: int = 0) -> W:
+    """A JSON value as an object of this kind; size: its bytes. Raises Refusal for what is none."""
     if not isinstance(given, dict):
         raise Refusal(400, "The body must be a JSON object.", code="invalid_type")
     try:
-        wish = await off_loop(len(content), lambda: kind.model_validate(given))
+        wish = await off_loop(size, lambda: kind.model_validate(given))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         raise of_validation(found, given, [*kind.model_fields, *kind.NOT_FOLLOWED]) from None
@@ -306,13 +344,14 @@ class Opened(Protocol):
 
 
 class EventStream(Response):
-    """An answer as server-sent events, while it is made."""
+    """An answer as server-sent events, while it is made. is_named: each says its type in a line of its own; no [DONE] ends it."""
 
-    def __init__(self, opened: Opened):
+    def __init__(self, opened: Opened, *, is_named: bool = False):
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self.opened = opened
+        self._write, self._end = (named_event, b"") if is_named else (event, DONE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop().time
@@ -339,11 +378,11 @@ class EventStream(Response):
             waiting = b""
             try:
                 async for content in self.opened.chunks():
-                    waiting += event(content)
+                    waiting += self._write(content)
                     if not self.opened.has_news or len(waiting) > WRITE_BYTES:
                         await write(waiting)
                         waiting = b""
-                await write(waiting + DONE)
+                await write(waiting + self._end)
             except Exception as error:
                 await write(waiting + event(told(error).content))
             for other in others:
@@ -384,7 +423,7 @@ def _describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         found = described()
-        _, schemas = models_json_schema([(kind, "validation") for kind in REQUESTS], ref_template=SCHEMAS)
+        _, schemas = models_json_schema([(kind, "validation") for kind in kinds(app).values()], ref_template=SCHEMAS)
         found.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
         return found
 

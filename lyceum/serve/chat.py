@@ -97,7 +97,7 @@ class Chat(Answering):
     @classmethod
     async def open(cls, service: Service, request: ChatRequest, caller: Caller) -> Chat:
         """Let a request in. Raises Refusal, or what the engine says of it."""
-        served = service.model(request.model)
+        served = await service.find(request.model, caller)
         format = chat_of(served)
         choice = request.tool_choice or "auto"
         chat = cls(served, format, request, may_call=bool(request.tools) and choice != "none")
@@ -290,7 +290,7 @@ def asked_to_edit(instruction: str, text: str) -> tuple[str, str]:
 
 async def edit(service: Service, request: EditRequest, caller: Caller) -> dict[str, Any]:
     """The answer of `/v1/edits`: a model that chats is asked to edit."""
-    served = service.model(request.model)
+    served = await service.find(request.model, caller)
     format = chat_of(served)
     sampled = Sampled(model=request.model, n=request.n, temperature=request.temperature, top_p=request.top_p)
     chat = Chat(served, format, sampled)

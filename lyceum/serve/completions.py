@@ -53,7 +53,7 @@ class Completion(Answering):
     @classmethod
     async def open(cls, service: Service, request: CompletionRequest, caller: Caller) -> Completion:
         """Let a request in. Raises Refusal, or what the engine says of it."""
-        served = service.model(request.model)
+        served = await service.find(request.model, caller)
         if request.suffix and not served.can_insert:
             raise unsupported("suffix", f"the model {served.name!r} was not trained to fill a hole (infill_rate)")
         size = sum(map(len, request.prompt)) + len(request.suffix or "")

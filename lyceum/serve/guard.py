@@ -7,6 +7,9 @@ whole, within its bounds of bytes and seconds. The route finds `caller(request)`
 Only `/health`, `/ready` and the pages' own files are open without a key: everything else is shut unless it is opened
 here, so that a new route is not forgotten. An address as the Host is always ours: a page cannot give an address as its own name.
 
+A form with a file (`FORMS`) is not read here: its route streams it to disk. Here its bytes are counted while they pass, and
+whoever sends them too slowly is cut off.
+
 What it is not: the bounds of single fields (`lyceum.serve.protocol`), nor those of callers (`lyceum.serve.limits.Quota`).
 """
 
@@ -41,7 +44,10 @@ SCOPE_OF = {  # the scope that a path needs; all others need "inference"
     "/openapi.json": "models",
     "/v1/models": "models",
 }
-BELOW_SCOPE = {"/v1/models/": "models", "/api/runs": "runs"}  # and what begins like this
+# the scope of all paths that begin so
+BELOW_SCOPE = {"/v1/models/": "models", "/v1/fine_tuning/": "training", "/api/runs": "runs"}
+FORMS = ("/v1/files",)  # take multipart/form-data, and read it themselves
+FORM_PACE = 16 << 10  # bytes a second that a form must come with, beyond its first seconds
 LOCAL = ("localhost",)
 BODIES_BYTES = 64 << 20  # of all requests together
 
@@ -81,17 +87,22 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if is_form and status >= 400:  # nobody reads what is left of it
+                    more["connection"] = "close"
                 MutableHeaders(scope=message).update(more)
             await send(message)
 
-        num_bytes = 0
+        num_bytes, is_form = 0, scope["method"] == "POST" and scope["path"] in FORMS
         try:
             self._check_place(headers, origin)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await self._preflight(headers)(scope, receive, tell)
                 return
             scope["lyceum.caller"] = await self._caller(scope["path"], headers)
-            if scope["method"] in ("POST", "PUT", "PATCH"):
+            if is_form:
+                self._check_kind(headers, "multipart/form-data", self.limits.upload_bytes)
+                receive = self._counted(receive)
+            elif scope["method"] in ("POST", "PUT", "PATCH"):
                 content = await self._read(headers, receive)
                 num_bytes = len(content)
                 scope["lyceum.body"] = content
@@ -119,7 +130,7 @@ class Guard:
     def _preflight(self, headers: Headers) -> Response:
         """What a browser asks before it sends a page's request."""
         allowed = {
-            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-methods": "GET, POST, DELETE",
             "access-control-allow-headers": headers.get("access-control-request-headers", "")[:1000],
             "access-control-max-age": "600",
         }
@@ -129,19 +140,42 @@ class Guard:
         if path in OPEN or path.startswith(BELOW):
             return EVERYBODY
         caller = await self.porter.caller(headers.get("authorization"))
-        below = next((scope for start, scope in BELOW_SCOPE.items() if path.startswith(start)), "inference")
-        caller.need(SCOPE_OF.get(path) or below)
+        below = (scope for start, scope in BELOW_SCOPE.items() if path.startswith(start))
+        caller.need(SCOPE_OF.get(path) or next(below, "inference"))
         return caller
+
+    def _check_kind(self, headers: Headers, kind: str, most: int) -> None:
+        declared = headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared) > most:
+            raise _too_large(most)
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+            named = "JSON" if kind == "application/json" else "a form with a file"
+            raise Refusal(415, f"The body must be {named}, and say so: 'Content-Type: {kind}'.")
+
+    def _counted(self, receive: Receive) -> Receive:
+        """`receive` for a body that is read by its route: so many bytes at most, and no slower than `FORM_PACE`."""
+        begun = asyncio.get_running_loop().time()
+        num_bytes, most, is_whole = 0, self.limits.upload_bytes, False
+
+        async def next_piece() -> Message:
+            nonlocal num_bytes, is_whole
+            end = None if is_whole else begun + self.limits.body_s + num_bytes / FORM_PACE
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise Refusal(408, "The body came too slowly.", code="timeout") from None
+            is_whole = not message.get("more_body", False)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > most:
+                raise _too_large(most)
+            return message
+
+        return next_piece
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         most = self.limits.body_bytes
-        too_large = Refusal(413, f"The request is too large: at most {most} bytes.", code="request_too_large")
-        declared = headers.get("content-length", "0")
-        if not declared.isdigit() or int(declared) > most:
-            raise too_large
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refusal(415, "The body must be JSON, and say so: 'Content-Type: application/json'.")
+        self._check_kind(headers, "application/json", most)
         parts, num_bytes = [], 0
         try:
             async with asyncio.timeout(self.limits.body_s):
@@ -156,7 +190,7 @@ class Guard:
                     self._num_bytes += len(part)
                     is_more = message.get("more_body", False)
                     if num_bytes > most:
-                        raise too_large
+                        raise _too_large(most)
                     if self._num_bytes > max(BODIES_BYTES, most):
                         raise Refusal(503, "The server is busy reading.", code="overloaded", retry_after_s=1.0)
         except BaseException as error:
@@ -165,6 +199,10 @@ class Guard:
                 raise Refusal(408, f"The body did not come within {self.limits.body_s:g} s.", code="timeout") from None
             raise
         return b"".join(parts)
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"The request is too large: at most {most} bytes.", code="request_too_large")
 
 
 def is_ours(host: str, names: Collection[str]) -> bool:

@@ -20,12 +20,8 @@ from dataclasses import dataclass, field
 
 from lyceum.serve.refusals import Refusal
 
-SCOPES = (
-    "models",
-    "inference",
-    "metrics",
-    "runs",
-)  # list models and cut text; make text; the server's numbers; training runs
+# list models and cut text; make text, and keep files; read the server's numbers; train models; watch runs
+SCOPES = ("models", "inference", "metrics", "training", "runs")
 MIN_KEY = 32  # characters of a key that somebody chose, where the address is public
 
 
@@ -38,7 +34,8 @@ class Limits:
     the model's context. running, waiting: sequences of all callers that may run or wait, beyond the engine's own rows.
     per_caller: sequences of one caller. tokens_per_minute: tokens of one caller, prompts and replies; 0 for no bound.
     header_s, body_s: seconds in which a request must have come. stall_s: seconds that a client may leave the answer
-    unread. connections: open at once.
+    unread. connections: open at once. upload_bytes: of one file's form; line_bytes: of one line of a file of lines. files,
+    files_bytes: that one owner may keep. jobs: of one owner that wait or run.
     """
 
     body_bytes: int = 8 << 20
@@ -53,6 +50,11 @@ class Limits:
     body_s: float = 30.0
     stall_s: float = 30.0
     connections: int = 512
+    upload_bytes: int = 512 << 20
+    line_bytes: int = 4 << 20
+    files: int = 1000
+    files_bytes: int = 4 << 30
+    jobs: int = 20
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Pooling:
 @dataclass(frozen=True)
 class Served:
     """A model and what stands around it. created: seconds since 1970. fingerprint: of its weights and shape. lineage: what
-    `lyceum.model.lineage.history` says of it; empty for a model that was only ever in memory."""
+    `lyceum.model.lineage.history` says of it; empty for a model that was only ever in memory. folder: its checkpoint's,
+    where it has one."""
 
     name: str
     seat: Seat
@@ -57,6 +58,7 @@ class Served:
     fingerprint: str
     longest_token: int
     lineage: list[dict[str, Any]]
+    folder: Path | None = None
 
     @property
     def engine(self) -> Engine:
@@ -91,6 +93,7 @@ def serve(
     created: int = 0,
     fingerprint: str = "",
     lineage: Sequence[dict[str, Any]] = (),
+    folder: Path | None = None,
 ) -> Served:
     """A model in memory, to be served under a name. The engine needs the tokenizer's `token_bytes`."""
     try:
@@ -98,7 +101,7 @@ def serve(
     except DataError:  # its vocabulary marks no turns: it continues text, and a request to chat is told so
         chat = None
     longest = max(map(len, tokenizer.token_bytes))
-    more = pooling, created, fingerprint, longest, list(lineage)
+    more = pooling, created, fingerprint, longest, list(lineage), folder
     return Served(name, Seat(engine), tokenizer, chat, can_insert, *more)
 
 
@@ -123,6 +126,7 @@ def load(name: str, folder: Path | str, *, max_batch: int, swift: bool = False) 
         created=int((folder / "config.json").stat().st_mtime),
         fingerprint=_fingerprint(folder),
         lineage=history(origin),
+        folder=folder,
     )
 
 

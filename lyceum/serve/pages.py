@@ -30,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -73,12 +73,16 @@ def pages(
     about: Mapping[str, Any] | None = None,
     is_own_machine: bool = True,
     teaching: Teaching | None = None,
+    stops: Iterable[Callable[[Caller], None]] = (),
+    forget: Iterable[Callable[[str], Any]] = (),
 ) -> APIRouter:
     """The routes of the page.
 
     about: what the model studied and what to ask it (`studied`, `cannot`, `ask`), from its lessons. is_own_machine: nobody
     but its owner uses the server, so that judgements may be learned from unless the box is unticked; else unless it is ticked.
     teaching: what is being taught; by default nothing yet.
+    stops: end what else is made for a caller whose data is to be deleted.
+    forget: what else is an owner's, and is deleted with the account.
     """
     desk = Desk(service, store, teaching or Teaching(service, store))
 
@@ -91,8 +95,17 @@ def pages(
 
     router = APIRouter(lifespan=life)
     router.include_router(site())
-    forgotten = desk.teaching.drop
-    router.include_router(accounts(service, store, desk.answers, forgotten, is_own_machine=is_own_machine))
+    router.include_router(
+        accounts(
+            service,
+            store,
+            desk.answers,
+            is_own_machine=is_own_machine,
+            changed=desk.teaching.drop,
+            stops=stops,
+            forget=forget,
+        )
+    )
     router.include_router(teaching_routes(desk.teaching))
     router.include_router(arena(service, store, desk.answers, desk.open))
     router.include_router(playground(service, store))
@@ -103,7 +116,7 @@ def pages(
 
     @route("GET", "/api/start")
     async def start(request: Request) -> Response:
-        models = [served.to_json() for served in service.models.values() if served.chat is not None]
+        models = await service.visible(caller_of(request), chats=True)
         shown = [
             {"id": model["id"], "context_length": model["max_model_len"], "learned_from": model["learned_from"]}
             for model in models
@@ -347,7 +360,7 @@ class Desk:
         teach: Teach | None = None,
     ) -> tuple[OneReply, Prompt]:
         """A model begins to answer; with `teach`, to somebody who presses keys meanwhile. Raises Refusal."""
-        served = self.service.model(name)
+        served = await self.service.find(name, caller)
         chat_of(served)
         prompt = await prompt_of(served, system, path, begun)
         known = {key: value for key, value in parameters.items() if key in Sampled.model_fields}

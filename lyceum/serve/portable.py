@@ -34,11 +34,13 @@ def as_json(thread: Thread, judged: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def account(store: Store, owner: str) -> Iterator[str]:
-    """All of an owner's conversations, oldest first, then the judgements whose conversation is gone: pieces of one JSON text."""
+    """All of an owner's conversations, then judgements whose conversation is gone, then responses: pieces of one JSON text."""
     yield f'{{"format":{json.dumps(FORMAT)},"conversations":['
     yield from _listed(_conversations(store, owner))
     yield '],"judgements":['
     yield from _listed(one.to_json() for one in store.judgements.left_behind(owner))
+    yield '],"responses":['
+    yield from _listed(store.responses.every(owner))
     yield "]}\n"
 
 

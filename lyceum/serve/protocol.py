@@ -1,8 +1,9 @@
 """What clients may send: the requests of OpenAI's API by its official specification, and a few of its kin's.
 
 Three kinds of fields. *Known and followed*: the fields of the classes below, with the specification's bounds; null is as good
-as leaving one out. *Known and not followed*: `NOT_FOLLOWED`, refused by name with the reason, unless the value asks for
-nothing (`"store": false`). *Unknown*: refused as the original does, so that a misspelt wish is never dropped.
+as leaving one out; `DIFFERS` says what is followed in a way of our own. *Known and not followed*: `NOT_FOLLOWED`, refused by
+name with the reason, unless the value asks for nothing (`"store": false`). *Unknown*: refused as the original does, so that a
+misspelt wish is never dropped. The page docs/api.md is made from all of them (`lyceum.serve.describe`).
 
 Beyond the specification stand what vLLM and llama.cpp made usual: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`
 (`lyceum.engine.sampling`), and the routes that cut text into tokens and back.
@@ -31,6 +32,7 @@ class Wish(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     NOT_FOLLOWED: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}  # field -> why, values that ask for nothing
+    DIFFERS: ClassVar[Mapping[str, str]] = {}  # field -> how it is followed, where not just as the original does
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +91,17 @@ class StreamOptions(Wish):
 
 class Sampled(Wish):
     """What all requests for text share."""
+
+    DIFFERS = {
+        "temperature": "1 where none is given",
+        "seed": "the same request gives the same reply, whoever else asks; without one, each request has its own",
+        "stream": "what is not streamed goes behind what is: nobody watches it",
+        "user": "accepted; nothing depends on it",
+        "top_k": "beyond the original, as in vLLM: only so many of the likeliest tokens; 0: all",
+        "min_p": "beyond the original, as in vLLM: only tokens at least so likely as this share of the likeliest",
+        "repetition_penalty": "beyond the original, as in vLLM: above 1, what was said before becomes less likely",
+        "min_tokens": "beyond the original, as in vLLM: nothing ends a reply before",
+    }
 
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -182,6 +195,8 @@ class ChatMessage(Wish):
 class Function(Wish):
     """A function that may be called. strict: its arguments shall fit its parameters."""
 
+    DIFFERS = {"strict": 'only where `tool_choice` demands the call; with "auto" it is refused'}
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -210,6 +225,11 @@ class NamedTool(Wish):
 
 class JsonSchema(Wish):
     """The form of a reply."""
+
+    DIFFERS = {
+        "schema": "as far as the engine understands schemas; others are refused (`invalid_schema`)",
+        "strict": "a schema is always followed",
+    }
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
@@ -241,6 +261,18 @@ class ChatRequest(Sampled):
         "store": (NO_STORE, (False,)),
         "verbosity": ("say it in the system message", ("medium",)),
         "web_search_options": ("there is no search", ()),
+    }
+    DIFFERS = {
+        **Sampled.DIFFERS,
+        "max_tokens": 'or `max_completion_tokens`, not both; what the context has no room for ends with "length"',
+        "logprobs": "of the temperature that was asked for (1 if greedy), before filters and penalties",
+        "top_logprobs": "a token is named by its text, a part of a character as `bytes:\\xe6\\x88`",
+        "response_format": "not together with tools that may be called",
+        "tool_choice": '"required" or a name hold the reply to a call and to its parameters; "none" forbids calls',
+        "parallel_tool_calls": "false ends the reply with its first call",
+        "service_tier": '"flex" goes behind everybody else, streamed or not; "default" and "priority" do not',
+        "prompt_cache_key": "accepted; nothing depends on it",
+        "safety_identifier": "accepted; nothing depends on it",
     }
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -327,6 +359,13 @@ def tool_json(tool: Tool) -> dict[str, Any]:
 class CompletionRequest(Sampled):
     """POST /v1/completions"""
 
+    DIFFERS = {
+        **Sampled.DIFFERS,
+        "suffix": "the infilling format, if the model was pretrained with holes, or has the marks in its vocabulary",
+        "echo": "with `logprobs`, the prompt's own log-probabilities too",
+        "logprobs": "the chosen token is always among the best, with the very same number",
+    }
+
     prompt: Texts = Field(default_factory=lambda: [""])
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     suffix: str | None = None
@@ -361,6 +400,11 @@ class EditRequest(Wish):
 
 class EmbeddingRequest(Wish):
     """POST /v1/embeddings"""
+
+    DIFFERS = {
+        "dimensions": "the first numbers of a vector, made as long as before",
+        "user": "accepted; nothing depends on it",
+    }
 
     model: Name
     input: Texts

@@ -15,25 +15,37 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import APIRouter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lyceum.errors import UsageError
 from lyceum.serve.app import make_app
+from lyceum.serve.batch.routes import batches
+from lyceum.serve.batch.work import Work
+from lyceum.serve.files.kept import Files
+from lyceum.serve.files.routes import file_routes
 from lyceum.serve.limits import MIN_KEY, Limits
-from lyceum.serve.models import load
+from lyceum.serve.models import Served, load
 from lyceum.serve.offers import Offers
 from lyceum.serve.pages import pages
 from lyceum.serve.porter import Porter
+from lyceum.serve.responses.desk import Desk
+from lyceum.serve.responses.routes import responses
 from lyceum.serve.runs import runs_routes
 from lyceum.serve.service import Service
 from lyceum.serve.store import Store
+from lyceum.serve.tuning.foreman import Crew, Foreman
+from lyceum.serve.tuning.kept import Jobs
+from lyceum.serve.tuning.recipes import described
+from lyceum.serve.tuning.routes import tuning_routes
+from lyceum.serve.tuning.shelf import Shelf
 
 KEEP_ALIVE_S = 60  # an idle connection is kept so long
 SHUTDOWN_S = 5  # answers under way may take so long to end
@@ -49,7 +61,8 @@ class ServerConfig:
     files, for TLS. store: where conversations and judgements are kept, as `lyceum.serve.database` has it; without one there is no
     chat page. about: what the models studied and what to ask them, which the page shows. runs: name -> the run
     whose offers that model follows (`lyceum.serve.offers`). shelf: the folder whose runs the runs page shows
-    (`lyceum.serve.runs`).
+    (`lyceum.serve.runs`). files: the folder of files and jobs, by default beside the store's file. jobs: whether models may be
+    trained over the API; crew: what a job may take.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +78,9 @@ class ServerConfig:
     about: Mapping[str, Any] = field(default_factory=dict)
     runs: Mapping[str, Path] = field(default_factory=dict)
     shelf: Path | None = None
+    files: str = ""
+    jobs: bool = False
+    crew: Crew = field(default_factory=Crew)
     limits: Limits = field(default_factory=Limits)
 
     def porter(self, store: Store | None) -> Porter:
@@ -115,8 +131,13 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         hosts = (*config.allow_host, config.host) if not is_any(config.host) else config.allow_host
         routers = []
         if store is not None:
-            routers.append(pages(service, store, about=config.about, is_own_machine=not porter.asks))
-            routers.append(runs_routes(config.shelf))
+            desk = Desk(service, store)
+            more, forget = files_and_jobs(service, store, config)
+            files = Files(store.database, home_of(store, config) / "files", service.limits)
+            work = Work(service, store.batches, files, desk)
+            about, is_own, stops = config.about, not porter.asks, [desk.stop_all, work.stop_all]
+            routers.append(pages(service, store, about=about, is_own_machine=is_own, stops=stops, forget=forget))
+            routers += [responses(desk), batches(work), *more, runs_routes(config.shelf)]
         app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"
@@ -124,6 +145,44 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         names = ", ".join(service.models)
         said = f"serving {names} at {scheme}://{shown}:{port} (the API: {scheme}://{shown}:{port}/v1); Ctrl-C ends it"
         Server(uvicorn_config(app, config), said).run(sockets=[listening])
+
+
+def home_of(store: Store, config: ServerConfig) -> Path:
+    """The folder of files and jobs. Raises UsageError where nobody says which."""
+    if not config.files and not store.database.is_sqlite:
+        raise UsageError("files need a folder, and the store is no file beside which one could be", hint="--files DIR")
+    return Path(config.files or Path(store.database.place).with_suffix(".files"))
+
+
+def files_and_jobs(
+    service: Service, store: Store, config: ServerConfig
+) -> tuple[list[APIRouter], list[Callable[[str], Any]]]:
+    """The routes of files and, where the server has them, of jobs; and what deletes all of an owner's.
+
+    Models that jobs have made are answered in any case. Raises UsageError where nobody says in which folder files are.
+    """
+    home = home_of(store, config)
+    files, jobs = Files(store.database, home / "files", service.limits), Jobs(store.database)
+
+    def read(name: str, folder: Path) -> Served:
+        return load(name, folder, max_batch=config.max_batch)
+
+    service.shelf = Shelf(jobs, home / "jobs", read, retire=lambda served: service.worker.retire(served.seat))
+    service.shelf.look()
+    told = partial(described, threads=config.crew.num_threads)
+    foreman = Foreman(jobs, files, home / "jobs", config.crew, changed=service.shelf.look)
+
+    def forget_jobs(owner: str) -> None:
+        ids = jobs.forget(owner)
+        for id in ids:
+            foreman.wake(id)
+        if ids and service.shelf is not None:
+            service.shelf.look()
+
+    routers = [file_routes(service, files, told=told)]
+    if config.jobs:
+        routers.append(tuning_routes(service, files, jobs, foreman))
+    return routers, [forget_jobs, files.forget]
 
 
 def is_any(host: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lyceum.engine.sampling import SamplingParams
 from lyceum.engine.sequence import Output
@@ -25,13 +25,19 @@ from lyceum.serve.models import Served
 from lyceum.serve.refusals import Refusal, too_long
 from lyceum.serve.worker import Gone, News, Ticket, Worker
 
+if TYPE_CHECKING:
+    from lyceum.serve.tuning.shelf import Shelf
+
 T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], SamplingParams]]
 BIG = 16 << 10  # characters or items from which on work leaves the event loop
 
 
 class Service:
-    """Models under their names; the first is the default where a request need not name one."""
+    """Models under their names; the first is the default where a request need not name one.
+
+    models: everybody's. shelf: those that belong to somebody, where jobs make some; asked for with `find` and `visible`.
+    """
 
     def __init__(self, models: Iterable[Served], *, limits: Limits | None = None):
         self.models = {served.name: served for served in models}
@@ -44,6 +50,7 @@ class Service:
         self.quota = Quota(self.limits, room)
         self.metrics = Metrics()
         self.metrics.watch(self)
+        self.shelf: Shelf | None = None
 
     def start(self) -> None:
         """Begin to serve."""
@@ -61,6 +68,23 @@ class Service:
             hint = did_you_mean(name[:200], self.models)
             raise Refusal(404, f"The model {name!r} does not exist; {hint}", param="model", code="model_not_found")
         return self.models[name]
+
+    async def find(self, name: str | None, caller: Caller = EVERYBODY) -> Served:
+        """The model of a name as a caller sees it, its own ones too. Raises Refusal (404) where there is none."""
+        if self.shelf is not None and name is not None and name not in self.models:
+            served = await self.shelf.find(name, caller)
+            if served is not None:
+                return served
+        return self.model(name)
+
+    async def visible(self, caller: Caller = EVERYBODY, *, chats: bool = False) -> list[dict[str, Any]]:
+        """The models that a caller sees, as `/v1/models` shows them; chats: only those that do, as all that jobs make do."""
+        own = []
+        if self.shelf is not None:
+            await asyncio.to_thread(self.shelf.look)  # a job may have made one this moment
+            own = [tuned.shown for tuned in self.shelf.visible(caller)]
+        shared = [served for served in self.models.values() if served.chat is not None or not chats]
+        return [*(served.to_json() for served in shared), *own]
 
     def replace(self, served: Served) -> None:
         """Put another model under its name: who asks from now on is answered by it, what is under way ends with the old one.

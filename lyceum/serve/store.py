@@ -35,11 +35,14 @@ from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 from lyceum.corpus.records import ToolCall
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve import terms
+from lyceum.serve.batch.kept import Batches, forget_batches
 from lyceum.serve.columns import storable
 from lyceum.serve.database import Database
 from lyceum.serve.drafts import LEASE_S, SAVE_EVERY_S, Draft, Saver, settle
 from lyceum.serve.judgements import Judgements
 from lyceum.serve.keys import Keys
+from lyceum.serve.responses.kept import Responses
+from lyceum.serve.responses.tables import RESPONSES
 from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, STATES
 from lyceum.serve.tree import (
     StoredConversation,
@@ -72,12 +75,14 @@ class Hit:
 
 
 class Store:
-    """The open store. `judgements` and `keys` are the rest of it."""
+    """The open store. `judgements`, `keys`, `responses` and `batches` are the rest of it."""
 
     def __init__(self, database: Database, *, save_every_s: float = SAVE_EVERY_S):
         self.database = database
         self.judgements = Judgements(database)
         self.keys = Keys(database)
+        self.responses = Responses(database)
+        self.batches = Batches(database)
         self.writer = secrets.token_hex(8)
         self.saver = Saver(database, self.writer, save_every_s)
 
@@ -216,13 +221,15 @@ class Store:
             connection.execute(delete(CONVERSATIONS).where(CONVERSATIONS.c.number == number))
 
     def forget(self, owner: str) -> int:
-        """Delete all that is an owner's, really: conversations, messages, judgements; returns how many conversations.
+        """Delete all that is an owner's, really: conversations, messages, judgements, responses; returns how many conversations.
 
         Its keys stay. The files are scrubbed too (`Database.scrub`), which takes seconds where there is much.
         """
         mine = select(CONVERSATIONS.c.id).where(CONVERSATIONS.c.owner == need_owner(owner))
         with self.database.writing() as connection:
             connection.execute(delete(JUDGEMENTS).where(JUDGEMENTS.c.owner == owner))
+            connection.execute(delete(RESPONSES).where(RESPONSES.c.owner == owner))
+            forget_batches(connection, owner)
             inside = MESSAGES.c.conversation.in_(mine)
             numbers = connection.execute(delete(MESSAGES).where(inside).returning(MESSAGES.c.number)).scalars().all()
             terms.remove(connection, "messages", numbers)

@@ -4,6 +4,10 @@
     conversations    of one owner: title, system prompt, parameters, and which leaf of its tree is shown
     messages         a tree: each knows its parent; an answer knows its model, parameters and how it ended
     judgements       what somebody said about answers, with all they saw: prompt, answers, order. Whole in itself
+    files            what clients sent and what was made for them (`lyceum.serve.files.tables`)
+    jobs             fine-tuning: what was asked, what happened, what was saved (`lyceum.serve.tuning.tables`)
+    responses        answers of /v1/responses, each with what was asked (`lyceum.serve.responses.tables`)
+    batches          requests from files, and what came of their lines (`lyceum.serve.batch.tables`)
 
 `MIGRATIONS` is history: a step that was released is never changed, a new one is put behind it. The tables below are what
 the steps add up to, for the queries; a test compares the two on both databases. The index for the search is in no table:
@@ -20,7 +24,11 @@ from sqlalchemy import Boolean, Connection, Double, Integer, Table
 
 from lyceum.serve import terms
 from lyceum.serve.arena.tables import arena_tables
+from lyceum.serve.batch.tables import batch_tables
 from lyceum.serve.columns import METADATA, NUMBER, SERIAL, Json, Words, column
+from lyceum.serve.files.tables import file_tables
+from lyceum.serve.responses.tables import response_tables
+from lyceum.serve.tuning.tables import job_tables
 
 STATES = ("streaming", "done", "stopped", "failed")  # of a message; all but an answer under way are done
 
@@ -132,8 +140,12 @@ def _search(connection: Connection) -> None:
     terms.create(connection)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (  # step n leads to version n
     _first_tables,
     _search,
+    file_tables,
+    job_tables,
+    response_tables,
+    batch_tables,
     arena_tables,
-)  # step n leads to version n
+)

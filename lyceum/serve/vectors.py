@@ -28,7 +28,7 @@ MAX_INPUTS = 2048
 
 async def embed(service: Service, request: EmbeddingRequest, caller: Caller) -> dict[str, Any]:
     """The answer of `/v1/embeddings`."""
-    served = service.model(request.model)
+    served = await service.find(request.model, caller)
     pooling = served.pooling
     if pooling is None:
         raise Refusal(

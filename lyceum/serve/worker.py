@@ -219,6 +219,14 @@ class Worker:
 
         self._ask(do)
 
+    def retire(self, seat: Seat) -> None:
+        """An engine that is asked no more: it ends what it has begun, and is let go. From any thread."""
+
+        def do() -> None:
+            seat.is_leaving = True
+
+        self._ask(do)
+
     def _ask(self, work: Callable[[], None]) -> None:
         self._asked.append(work)
         self._wake.set()

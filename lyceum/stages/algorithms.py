@@ -59,6 +59,7 @@ KL_PLACES = ("reward", "k2", "k3")
 class OnPolicyConfig(TrainConfig):
     """Settings of every method that learns from its own samples; the defaults are PPO's."""
 
+    prompts: str = setting("", "a file of prompts, in place of those of the lessons before it")
     iterations: int = setting(20, "rounds of sampling and updating", low=1)
     prompts_per_iteration: int = setting(64, "prompts of one iteration, over all ranks", low=1)
     group_size: int = setting(1, "replies to each of them", low=1)

@@ -154,7 +154,8 @@ class OnPolicy(Stage[Batch]):
         if self.dense is None and config.dense:
             self.dense = find_function(config.dense, work.recipe.path.parent)
         room = loaded.spec.context_length - config.max_response_tokens
-        prompts = read_prompts(work.inputs["lessons"] / "prompts.jsonl", chat, room)
+        asked = Path(config.prompts) if config.prompts else work.inputs["lessons"] / "prompts.jsonl"
+        prompts = read_prompts(asked, chat, room)
         text = None
         if config.ptx_coef > 0:
             if "pretrain" not in work.inputs:
@@ -171,7 +172,7 @@ class OnPolicy(Stage[Batch]):
         )  # fmt: skip
         episodes = config.iterations * config.episodes
         self.learned_from = [
-            learned("prompts", len(self.prompts.ids), work.inputs["lessons"].name),
+            learned("prompts", len(self.prompts.ids), asked.name if config.prompts else asked.parent.name),
             learned("scores", episodes, " + ".join(judges)),
         ]
 

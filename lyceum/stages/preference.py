@@ -80,6 +80,7 @@ class PreferenceConfig(TrainConfig):
     bad_weight: float = setting(1.0, "kto: weight of bad responses", low=0.0)
 
     data: str = setting("", "a file of rankings, or of ratings for kto, in place of the section's before it")
+    valid_data: str = setting("", "a file of the same kind to validate on, in place of a share of `data`")
     valid_share: float = setting(0.1, "share of the prompts of `data` kept for validation", low=0.0, high=0.9)
     pairs: str = setting("all", "pairs of a ranking: all, or of its best and its worst", choices=preferences.PAIRS)
     good_from: float = setting(0.5, "kto: a rating of at least this is good")
@@ -161,8 +162,11 @@ class Preference(Stage[PreferenceBatch]):
         valid = Encoded([])
         if config.data:
             train = read_judged(Path(config.data), config, chat, context)
-            kept, held = preferences.split_by_prompt(train.judged, config.valid_share, work.seed)
-            train, valid = replace(train, judged=kept), Encoded(held)
+            if config.valid_data:
+                valid = read_judged(Path(config.valid_data), config, chat, context)
+            else:
+                kept, held = preferences.split_by_prompt(train.judged, config.valid_share, work.seed)
+                train, valid = replace(train, judged=kept), Encoded(held)
         elif "rankings" in work.inputs:
             train = read_judged(work.inputs["rankings"] / "train.jsonl", config, chat, context)
             path = work.inputs["rankings"] / "valid.jsonl"

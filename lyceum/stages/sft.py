@@ -79,6 +79,8 @@ BEST = "best"  # folder of the checkpoint with the best validation so far
 class SFTConfig(TrainConfig):
     """Settings of supervised fine-tuning."""
 
+    data: str = setting("", "a file of conversations, in place of the lessons before it")
+    valid_data: str = setting("", "a file of conversations to validate on, beside `data`; empty = none")
     epochs: float = setting(4.0, "passes over the conversations: the run's length", low=0.0)
     max_tokens: int = setting(0, "longest conversation that is learned from; 0 = the model's context length", low=0)
 
@@ -193,6 +195,7 @@ class SFT(Stage[TokenBatch]):
         self.num_worse = 0  # validations since
         self.updates = 0
         self.folder: Path | None = None
+        self.source = "lessons"  # the name of what is learned from
         self.judge: Callable[..., list[float | None]] | None = None
 
     @property
@@ -209,16 +212,28 @@ class SFT(Stage[TokenBatch]):
                 f"{folder} holds no language model with a tokenizer", hint="sft starts from a pretrain or sft section"
             )
         self.tokenizer, self.parent = loaded.tokenizer, work.name_of(folder)
-        train = list(read_conversations(work.inputs["lessons"] / "train.jsonl"))
-        valid_path = work.inputs["lessons"] / "valid.jsonl"
-        has_valid = valid_path.exists() and valid_path.stat().st_size > 0
-        valid = list(read_conversations(valid_path)) if has_valid else []
+        train_path, valid_path = self._files(work)
+        self.source = train_path.name if self.config.data else train_path.parent.name
+        train = list(read_conversations(train_path))
+        has_valid = valid_path is not None and valid_path.exists() and valid_path.stat().st_size > 0
+        valid = list(read_conversations(valid_path)) if valid_path is not None and has_valid else []
         self.folder = work.folder.path
         if self.config.best_by == "reward":
             self.judge = self._load_judge(work)
         self.begin(loaded.model, train, valid, ChatFormat(loaded.tokenizer), seed=work.seed)
         origins = Counter(str(c.meta["origin"]) for c in map(train.__getitem__, self.train.kept) if "origin" in c.meta)
-        self.learned_from = [learned("conversations", len(self.lengths), work.inputs["lessons"].name, origins=origins)]
+        self.learned_from = [learned("conversations", len(self.lengths), self.source, origins=origins)]
+
+    def _files(self, work: Work) -> tuple[Path, Path | None]:
+        """What is learned from, and what is validated on."""
+        if self.config.data:
+            return Path(self.config.data), Path(self.config.valid_data) if self.config.valid_data else None
+        if "lessons" not in work.inputs:
+            raise RunError(
+                "sft has nothing to learn from: no lessons section stands before it",
+                hint="put a [lessons] section before it, or name a file: data = 'chats.jsonl'",
+            )
+        return work.inputs["lessons"] / "train.jsonl", work.inputs["lessons"] / "valid.jsonl"
 
     def _load_judge(self, work: Work) -> Callable[..., list[float | None]]:
         if "reward" not in work.inputs:
@@ -285,7 +300,7 @@ class SFT(Stage[TokenBatch]):
                     yield Step([self._collate(group, pad_id, number) for group in dist.share(groups)], tokens=tokens)
 
     def _collate(self, rows: Sequence[int], pad_id: int, step: int) -> TokenBatch:
-        names = [f"conversation {self.train.kept[row] + 1} of lessons" for row in rows]
+        names = [f"conversation {self.train.kept[row] + 1} of {self.source}" for row in rows]
         seeds = [mix_seed(self.seed, step, row) for row in rows] if self.config.neftune_alpha else ()
         return collate([self.train.rendered[row] for row in rows], pad_id, names, seeds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -143,3 +144,17 @@ def test_the_official_client_talks_to_a_process(address: str, checkpoint: Path) 
             client.chat.completions.create(**{**ask, "temperature": 9})
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("three")
+        first = client.responses.create(model="demo", input="hi", max_output_tokens=5)
+        more = client.responses.create(model="two", input="more", previous_response_id=first.id, max_output_tokens=5)
+        assert client.responses.retrieve(more.id).usage.input_tokens > first.usage.total_tokens
+        line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": ask}) + "\n"
+        others = line.replace('"custom_id": "1"', '"custom_id": "%d"')
+        for text in (line, "".join(others % number for number in range(500))):
+            file = client.files.create(file=("lines.jsonl", text.encode()), purpose="batch").id
+            batch = client.batches.create(input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h")
+            if text == line:
+                while batch.status != "completed":
+                    batch = client.batches.retrieve(batch.id)
+                body = json.loads(client.files.content(batch.output_file_id).text)["response"]["body"]
+                assert body["choices"][0]["message"]["content"] == whole.choices[0].message.content
+        client.responses.create(model="demo", input="hi", background=True)  # and under way, the server leaves

@@ -441,3 +441,44 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
     for running, store in opened:
         running.close()
         store.close()
+
+
+# -- what the server keeps for programs --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def keeper(tokenizer: Tokenizer, known: Callable[..., Porter], tmp_path_factory: Any) -> Iterator[Running]:
+    """A server with a store, for alice and bob (each with their own key), for one test after another."""
+    pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
+    pages, desks, routes, files, uploads, work, batches = (
+        importlib.import_module(f"lyceum.serve.{name}")
+        for name in (
+            "pages", "responses.desk", "responses.routes", "files.kept", "files.routes", "batch.work", "batch.routes"
+        )
+    )  # fmt: skip
+    service = Service([of_model("none", Chain(tokenizer), tokenizer)])
+    place = tmp_path_factory.mktemp("keeper")
+    store = Store.open(place / "store.sqlite")
+    desk = desks.Desk(service, store)
+    kept = files.Files(store.database, place / "files")
+    working = work.Work(service, store.batches, kept, desk)
+    routers = [pages.pages(service, store, stops=[desk.stop_all, working.stop_all]), routes.responses(desk)]
+    routers += [uploads.file_routes(service, kept), batches.batches(working)]
+    app = make_app(service, porter=known("alice", "bob"), routers=routers)
+    running: Any = Running(service, app, service.limits)
+    running.store, running.desk, running.files, running.work = store, desk, kept, working
+    yield running
+    running.close()
+    store.close()
+
+
+@pytest.fixture
+def keep(keeper: Running, tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
+    """That server with models (name=model)."""
+
+    def make(*, max_batch: int = 8, pooling: Pooling | None = None, **models: nn.Module) -> Running:
+        keeper.serve([of_model(name, model, tokenizer, max_batch, pooling=pooling) for name, model in models.items()])
+        return keeper
+
+    yield make
+    keeper.leave()

@@ -42,7 +42,7 @@ def test_a_caller_is_the_owner_of_the_key(store: Store) -> None:
     porter = Porter(store.keys.all, api_key="x" * 40)
     assert bearer(porter, first) == Caller(key.owner, frozenset({"models"}))
     assert bearer(porter, second) == Caller(key.owner, frozenset({"models", "inference"}))
-    assert bearer(porter, "x" * 40).scopes == {"models", "inference", "metrics", "runs"}
+    assert bearer(porter, "x" * 40).scopes == {"models", "inference", "metrics", "training", "runs"}
     assert code(porter, f"Bearer {first}x") == "invalid_api_key"
 
 
