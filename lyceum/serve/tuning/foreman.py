@@ -41,6 +41,7 @@ from lyceum.serve.tuning.kept import Job, Jobs
 
 LOOK_EVERY_S = 0.5
 MAX_KILLED = 3
+MAKING_S = 3600.0  # making a job's folder takes less
 LOCK = "foreman.lock"
 ENDED_BADLY = ("failed", "cancelled")
 NAMES = {  # of a metrics line -> as OpenAI's events and checkpoints have them, and a few beyond
@@ -151,8 +152,12 @@ class Foreman:
                 lock.close()
                 return False
             self._lock = lock
-            self._watched |= {path.name for path in self.folder.iterdir() if path.is_dir()}
+            self._watched |= {path.name for path in self.folder.iterdir() if path.is_dir() and self._was_left(path)}
         return True
+
+    def _was_left(self, folder: Path) -> bool:
+        """Whether a process was begun in a job's folder, or its making was given up: not one that is being made just now."""
+        return (folder / self.process.LOCK).exists() or folder.stat().st_mtime < time.time() - MAKING_S
 
     def turn(self) -> None:
         """Look once."""

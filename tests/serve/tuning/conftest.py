@@ -28,6 +28,8 @@ from tests.serve.conftest import Running
 class Pretend:
     """Processes that exist in memory only: a test says what each does."""
 
+    LOCK = "job.lock"
+
     def __init__(self) -> None:
         self.alive: set[str] = set()
         self.started: list[str] = []

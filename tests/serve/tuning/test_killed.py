@@ -71,12 +71,12 @@ def test_server_and_job_are_killed_at_random_moments_and_the_job_succeeds(killab
     client = killable.start()
     train = upload(client, [CHAT] * 64)
     job = client.fine_tuning.jobs.create(
-        model="demo", training_file=train, seed=3, hyperparameters={"n_epochs": 50, "batch_size": 2}
+        model="demo", training_file=train, seed=3, hyperparameters={"n_epochs": 40, "batch_size": 2}
     )
     folder = killable.home / "s.files" / "jobs" / job.id
     until(client, job.id, "running", within_s=20)
     for number in range(4):
-        time.sleep(draw.uniform(1.0, 5.0))
+        time.sleep(draw.uniform(0.5, 3.5))
         if number % 2:
             killable.kill()
             was_alive = process.is_alive(folder)
@@ -91,7 +91,7 @@ def test_server_and_job_are_killed_at_random_moments_and_the_job_succeeds(killab
     assert client.files.content(train).content == b"".join(json.dumps(row).encode() + b"\n" for row in [CHAT] * 64)
     told: list[Any] = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
     steps = [event.data["step"] for event in reversed(told) if event.type == "metrics"]
-    assert steps == sorted(set(steps)) and steps[-1] >= 0.9 * 50 * 32
+    assert steps == sorted(set(steps)) and steps[-1] >= 0.9 * 40 * 32
     assert any("was killed" in event.message for event in told)
     hi: Any = [{"role": "user", "content": "hi"}]
     said = client.chat.completions.create(model=ended.fine_tuned_model, messages=hi, temperature=0, max_tokens=8)

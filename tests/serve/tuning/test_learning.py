@@ -32,7 +32,7 @@ KINDS = ["red", "tall", "kind", "wise"]
 PAIRS = [(one, other) for one in NAMES for other in NAMES if one != other]
 random.Random(0).shuffle(PAIRS)
 TRAIN, HELD_OUT = PAIRS[:90], PAIRS[90:]
-QUICK = {"n_epochs": 8, "batch_size": 4}
+QUICK = {"n_epochs": 6, "batch_size": 4}
 
 
 def asked(pair: Sequence[str]) -> dict[str, str]:
@@ -64,7 +64,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def client(tuning: Callable, talker: Path) -> Iterator[openai.OpenAI]:
-    yield tuning(folder=talker).openai()
+    yield tuning(folder=talker).openai(timeout=300)
 
 
 def share(client: openai.OpenAI, model: str, holds: Callable[[str], bool]) -> float:
@@ -163,7 +163,7 @@ def test_a_reinforcement_job_earns_its_grade_and_a_grade_that_means_nothing_is_n
         grader = {**check, "reference": f"{{{{ item.{field} }}}}"}
         return {
             "type": "reinforcement",
-            "reinforcement": {"grader": grader, "hyperparameters": {"n_epochs": 3, "learning_rate_multiplier": 3.0}},
+            "reinforcement": {"grader": grader, "hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 4.0}},
         }
 
     new = share(client, learn(client, rows, method=method("wanted")), ends)
