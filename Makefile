@@ -1,8 +1,7 @@
 # make demo        school the demo's assistant (about ten minutes on two cores), then talk to it
 # make demo-long   the same lesson for an hour: a larger model, more facts
-# make test        the tests, with lint; make test-slow: the learning tests over seeds
-#                  (lm_eval and LangChain against the server are skipped unless they are installed: `pip install -c constraints.txt
-#                  'lm_eval[api]' langchain-openai` resolves beside the pinned packages and brings 55 more, scipy among them)
+# make test        the tests, with lint; make test-slow: the learning tests over seeds, and other people's clients
+#                  (LangChain, lm-evaluation-harness) against the server
 # make lint        ruff and mypy
 # make clean       remove what was built (not the runs)
 
@@ -21,7 +20,7 @@ demo demo-long: $(VENV)/.installed
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-peers
 	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-test
@@ -40,6 +39,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+# lm_eval without its dependencies: they are for its tasks (scikit-learn, nltk, ...), and the tests need its models alone, which take
+# what is in `peers`. So `pip check` is right to complain of it
+$(VENV)/.installed-peers: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps lm_eval
 	@touch $@
 
 clean:

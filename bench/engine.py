@@ -1,14 +1,18 @@
 """How fast the engine generates: beside transformers' generate and llama.cpp, and beside what the memory's bandwidth allows.
 
-    python bench/engine.py [--llama PYTHON] [--sizes 3 30 124] [--types f32 q8_0] [--rounds 3] [--swift] [--unpacked] [--batching]
+    python bench/engine.py [--llama PYTHON] [--sizes 3 30 124] [--types f32 q8_0] [--rounds 3] [--swift] [--spinning] [--unpacked]
+                           [--batching]
     python bench/engine.py --short      # seconds instead of minutes: does it run at all?
 
 One run makes a model of random weights of each size, as a Hugging Face folder and, for llama.cpp, as GGUF files, and asks
 every engine for the same greedy replies to the same random prompts: each in a process of its own that waits while the
 others take their turn. `--llama` names a Python that has llama-cpp-python; without it llama.cpp is skipped with a line.
-`lyceum, half` is our engine with the weights of large matrices in 16 bits; `--swift` adds it with compiled steps, made
-before anything is timed, `--unpacked` on the model's own weights, `--batching` transformers' continuous batching.
+`lyceum, half` is our engine with the weights of large matrices in 16 bits; `--swift` adds it with compiled steps, made before
+anything is timed, `--spinning` with threads that wait for each other as torch has them wait by itself, `--unpacked` on the
+model's own weights, `--batching` transformers' continuous batching.
 llama.cpp waits for its threads as it would by itself, not as our `lyceum/device.py` sets the environment.
+On a machine with a GPU all but llama.cpp run on it, 16 bits are bf16, `--swift` records steps (`lyceum, swift`, and of weights in
+16 bits `lyceum, swift, half`), and the bound is that of its memory.
 
     prefill         512 tokens to the first token of a reply
     1, 4, 8, 32     streams: 64 tokens of prompt each, 128 new ones; tokens of all streams a second after the first one
@@ -42,7 +46,7 @@ SHAPES = {3: (4, 192, 6, 4096), 30: (8, 512, 8, 8192), 124: (12, 768, 12, 32768)
 STREAMS = (1, 4, 8, 32)
 PROMPT, NEW, LONG, TURN, REPLY = 64, 128, 512, 16, 32  # tokens
 CONTEXT = 1024
-OURS = ("lyceum", "lyceum, half", "lyceum, swift")
+OURS = ("lyceum", "lyceum, half", "lyceum, swift", "lyceum, swift, half")
 BYTES = {"half": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a weight, where it is not 4; q8_0 has a scale for 32
 
 
@@ -63,6 +67,9 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", default=["f32", "q8_0"], help="GGUF files for llama.cpp")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine; the median counts")
     parser.add_argument("--swift", action="store_true", help="also our engine with compiled steps, where it has them")
+    parser.add_argument(
+        "--spinning", action="store_true", help="also our engine with threads that spin while they wait"
+    )
     parser.add_argument("--unpacked", action="store_true", help="also our engine without its packed weights")
     parser.add_argument("--batching", action="store_true", help="also transformers' continuous batching (much memory)")
     parser.add_argument("--short", action="store_true", help="one round of the smallest model, few tokens")
@@ -104,10 +111,13 @@ def measure(size: int, folder: Path, options: argparse.Namespace, plan: Plan) ->
     """All engines on one model; prints a table and returns its figures."""
     spec = make_model(size, folder, options.types if options.llama else [])
     who = dict.fromkeys(("lyceum", "lyceum, half", "transformers"), (sys.executable, folder))
-    if options.swift:
-        who["lyceum, swift"] = (sys.executable, folder)
-    if options.unpacked:
-        who["lyceum, unpacked"] = (sys.executable, folder)
+    more = {
+        "lyceum, swift": options.swift,
+        "lyceum, swift, half": options.swift and has_gpu(),
+        "lyceum, spinning": options.spinning,
+        "lyceum, unpacked": options.unpacked,
+    }
+    who |= {name: (sys.executable, folder) for name, is_wanted in more.items() if is_wanted}
     if options.batching:
         who["transformers, batching"] = (sys.executable, folder)
     if options.llama:
@@ -269,6 +279,13 @@ def make_model(size: int, folder: Path, types: list[str]) -> Any:
     return spec
 
 
+def has_gpu() -> bool:
+    """Whether torch finds one."""
+    from lyceum import device
+
+    return device.pick_device().type == "cuda"
+
+
 def bounds(spec: Any) -> dict[str, float]:
     """Tokens a second that reading the weights allows one stream, and that the operations allow all together."""
     import torch
@@ -278,11 +295,14 @@ def bounds(spec: Any) -> dict[str, float]:
     qkv = spec.width * spec.head_width * (spec.num_heads + 2 * spec.num_kv_heads)
     layer = qkv + spec.num_heads * spec.head_width * spec.width + 3 * spec.width * spec.ffn_width
     weights = spec.num_layers * layer + spec.vocab_size * spec.width
-    matrix, vector = torch.ones(weights // 512, 512), torch.ones(512)
+    where = device.pick_device()
+    matrix, vector = torch.ones(weights // 512, 512, device=where), torch.ones(512, device=where)
     best = float("inf")
     for _ in range(20):
+        device.finish_queue(where)
         begun = time.perf_counter()
         torch.mv(matrix, vector)
+        device.finish_queue(where)
         best = min(best, time.perf_counter() - begun)
     flops = device.matmul_flops([(spec.width, spec.ffn_width), (1024, 1024)], 512)
     return {
@@ -318,13 +338,16 @@ def lyceum_runner(name: str, path: str) -> Runner:
     from lyceum import device
 
     device.prepare("bench")
+    if "spinning" in name:  # torch reads these when it is imported, which is below
+        for setting in device.WAITING:
+            del os.environ[setting]
     from lyceum.engine.engine import Engine
     from lyceum.engine.sampling import SamplingParams
     from lyceum.model.checkpoint import load_checkpoint
 
     class Ours:
         engine = Engine(
-            load_checkpoint(path).model,
+            load_checkpoint(path).model.to(device.pick_device()),
             max_batch=max(STREAMS),
             pack="unpacked" not in name,
             half="half" in name,
@@ -340,7 +363,8 @@ def lyceum_runner(name: str, path: str) -> Runner:
         for num_new in (4, 64):
             for count in STREAMS:
                 ours.generate([[number] * 8 for number in range(1, count + 1)], num_new)
-            while (swift := ours.engine._swift) and not all(one.is_ready for one in swift._libraries.values()):
+            libraries = getattr(ours.engine._swift, "_libraries", {})  # a GPU has recordings, which are there at once
+            while not all(one.is_ready or one._process is None for one in libraries.values()):
                 time.sleep(1.0)
     return ours
 
@@ -353,7 +377,7 @@ def transformers_runner(name: str, path: str) -> Runner:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device.pick_device())
     nothing = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
     class Theirs:
@@ -363,7 +387,7 @@ def transformers_runner(name: str, path: str) -> Runner:
                 config = transformers.GenerationConfig(max_new_tokens=num_new, **nothing)
                 found = model.generate_batch(inputs=prompts, generation_config=config)
                 return [list(one.generated_tokens) for one in found.values()]
-            rows = torch.tensor(prompts)
+            rows = torch.tensor(prompts, device=model.device)
             mask = torch.ones_like(rows)
             more = {"max_new_tokens": num_new, "min_new_tokens": num_new, **nothing}
             return model.generate(rows, attention_mask=mask, **more)[:, rows.shape[1] :].tolist()

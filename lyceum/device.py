@@ -180,15 +180,15 @@ def matmul_flops(shapes: Iterable[tuple[int, int]], rows: int, *, dtype: torch.d
         left @ right  # not counted: it chooses the kernel
         start, end = 0.0, time.perf_counter() + MEASURE_S / len(shapes)
         while start < end:
-            _finish_queue(where)
+            finish_queue(where)
             start = time.perf_counter()
             left @ right
-            _finish_queue(where)
+            finish_queue(where)
             best = max(best, 2.0 * height * inner * columns / (time.perf_counter() - start))
     return best
 
 
-def _finish_queue(where: torch.device) -> None:
+def finish_queue(where: torch.device) -> None:
     """Wait until a GPU has done what it was asked."""
     if where.type == "cuda":
         import torch

@@ -113,3 +113,23 @@ def test_the_memory_of_a_container_bounds_that_of_its_machine(tmp_path: Path, mo
     assert device.memory_bytes() == 123456789
     (tmp_path / "memory.max").write_text("max\n")
     assert device.memory_bytes() == int(1e9 * device.facts()["memory_gb"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(device.num_cores() < 2, reason="one core has no threads that wait for each other")
+def test_a_thread_that_waits_leaves_its_core_to_others() -> None:
+    """Processor time of 40 short products with pauses between them: a thread that spins takes the pauses too."""
+    code = """
+device.prepare("test", threads=2)
+import time, torch
+row, matrix = torch.randn(32, 256), torch.randn(256, 512)
+row @ matrix
+start = time.process_time()
+for _ in range(40):
+    row @ matrix
+    time.sleep(0.01)
+print(time.process_time() - start)
+"""
+    sleeping, spinning = float(fresh(code)), float(fresh(code, OMP_WAIT_POLICY="ACTIVE"))
+    print(f"processor time: {sleeping:.3f} s, {spinning:.3f} s with threads that spin")
+    assert 3 * sleeping < spinning

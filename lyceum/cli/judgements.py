@@ -16,6 +16,7 @@ store comes to hold later. A finished section is not run again; the next improve
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,40 @@ def asked(record: Ranking | Rating) -> str:
     return json_line(record.prompt.to_json())
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What a store says: rankings of each part, the prompts of training; how many judgements, and those left out by reason."""
+
+    rankings: dict[str, list[Ranking]]
+    prompts: list[Conversation]
+    num_judgements: int
+    left_out: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        """Of all that would be learned and judged by; another as soon as something is said that counts."""
+        rows = [json_line([part, row.to_json()]) for part, rows in self.rankings.items() for row in rows]
+        rows += [json_line(prompt.to_json()) for prompt in self.prompts]
+        return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:32]
+
+
+def gather(store: str, held_out: float) -> Gathered:
+    """Read a store; a share of the prompts is held out.
+
+    Raises:
+        UsageError: the packages of the service are not installed.
+        StoreError: no store is there.
+    """
+    feedback = reader()
+    found = feedback.read(store)
+    rankings: dict[str, list[Ranking]] = {part: [] for part in PARTS}
+    for ranking in [*found.rankings, *of_thumbs(found.ratings)]:
+        rankings[PARTS[feedback.is_held_out(ranking.prompt, held_out)]].append(ranking)
+    seen: Sequence[Ranking | Rating] = [*rankings["train"], *found.ratings]
+    prompts = prompts_of(one for one in seen if not feedback.is_held_out(one.prompt, held_out))
+    return Gathered(rankings, prompts, found.num_judgements, dict(found.left_out))
+
+
 def run(config: JudgementsConfig, work: Work) -> dict:
     """Reads the store and writes both parts; returns the counts.
 
@@ -77,24 +112,20 @@ def run(config: JudgementsConfig, work: Work) -> dict:
     """
     if not config.store:
         raise UsageError("[judgements] names no store", hint='store = "runs/demo", or --set judgements.store=runs/demo')
-    feedback = reader()
-    found = feedback.read(config.store)
-    rankings: dict[str, list[Ranking]] = {part: [] for part in PARTS}
-    for ranking in [*found.rankings, *of_thumbs(found.ratings)]:
-        rankings[PARTS[feedback.is_held_out(ranking.prompt, config.held_out)]].append(ranking)
-    numbers = {part: len({asked(ranking) for ranking in rows}) for part, rows in rankings.items()}
+    found = gather(config.store, config.held_out)
+    numbers = {part: len({asked(ranking) for ranking in rows}) for part, rows in found.rankings.items()}
     _check(config, sum(numbers.values()), numbers["valid"], found.num_judgements, found.left_out)
-    for part, rows in rankings.items():
+    for part, rows in found.rankings.items():
         write_records(work.folder.path / f"{part}.jsonl", rows)
-    seen: Sequence[Ranking | Rating] = [*rankings["train"], *found.ratings]
-    prompts = prompts_of(one for one in seen if not feedback.is_held_out(one.prompt, config.held_out))
-    write_records(work.folder.path / "prompts.jsonl", prompts)
+    write_records(work.folder.path / "prompts.jsonl", found.prompts)
+    sizes = {part: {"rankings": len(found.rankings[part]), "prompts": numbers[part]} for part in PARTS}
     return {
-        "line": f"{len(rankings['train'])} rankings of {numbers['train']} prompts to learn from, {len(rankings['valid'])} of "
-        f"{numbers['valid']} to judge by; {found.num_judgements} judgements",
+        "line": f"{sizes['train']['rankings']} rankings of {numbers['train']} prompts to learn from, "
+        f"{sizes['valid']['rankings']} of {numbers['valid']} to judge by; {found.num_judgements} judgements",
         "judgements": found.num_judgements,
-        **{part: {"rankings": len(rankings[part]), "prompts": numbers[part]} for part in PARTS},
-        "left_out": dict(found.left_out),
+        **sizes,
+        "left_out": found.left_out,
+        "digest": found.digest,
     }
 
 

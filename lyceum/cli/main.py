@@ -248,6 +248,7 @@ def _improve_options(parser: Parser) -> None:
     add("--store", default="", metavar="PLACE", help="where the judgements are (default: in the run)")
     add("--held-out", type=float, default=0.3, metavar="SHARE", help="of the prompts, to compare by (default 0.3)")
     add("--least", type=int, default=40, metavar="N", help="prompts with a ranking that it takes (default 40)")
+    add("--again", action="store_true", help="train once more though nothing new was said since the last time")
     _override_option(parser, "change a setting of the improvement, such as preference.lr; may be given more than once")
 
 
@@ -385,6 +386,7 @@ def _improve(args: argparse.Namespace) -> None:
         held_out=args.held_out,
         least=args.least,
         overrides=args.overrides,
+        again=args.again,
     )
     print(done)
 

@@ -8,13 +8,14 @@ on disk, by a key of all that it depends on. Its weights are the engine's own, g
     swift = Swift(packed)
     logits_BV = swift.logits(ids, starts, slots, usual)     # usual(): the step as it is without it
 
-Which way a step goes is measured on the steps themselves (`lyceum.engine.probe`): as it is, as it is on one thread, compiled.
+Which way a step goes is measured on the steps themselves (`lyceum.engine.probe`): as it is or compiled, on all threads, half of
+them, and so on to one.
 The numbers are the same but for rounding, so nothing that trains asks for it. Without a C++ compiler the step stays as it is, and
 the log says so once.
 
 Run by: `Engine(swift=True)`; by itself (`python -m lyceum.engine.compiled`) it is the process that compiles.
 Shapes: B rows that decode, S positions that may be seen, V vocabulary.
-What it is not: for prompts, for a GPU, for weights in 16 bits.
+What it is not: for prompts, for a GPU (`lyceum.engine.graphs`), for weights in 16 bits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -37,6 +39,7 @@ import torch
 from torch import Tensor
 
 from lyceum import device
+from lyceum.engine.graphs import Graphs
 from lyceum.engine.probe import Probe
 from lyceum.log import log
 from lyceum.model.packed import PackedDecoder
@@ -92,8 +95,8 @@ class Swift:
         is_ready = self._libraries[is_several].is_ready
         number = (num_rows - 1).bit_length()
         if number not in self._probes or self._probes[number][0] != is_ready:
-            threads = dict.fromkeys((self._threads, 1))
-            ways = [Way(is_compiled, count) for is_compiled in (False, True)[: 1 + is_ready] for count in threads]
+            counts = _halves(self._threads)
+            ways = [Way(is_compiled, count) for is_compiled in (False, True)[: 1 + is_ready] for count in counts]
             self._probes[number] = is_ready, Probe(ways)
         return self._probes[number][1]
 
@@ -106,17 +109,31 @@ class Swift:
         return self._libraries[is_several].run([now_2B, seen_S, *slots, *self._weights[is_several]])
 
 
-def renewed(old: Swift | None, packed: PackedDecoder | None) -> Swift | None:
+Fast = Swift | Graphs
+
+
+def renewed(old: Fast | None, packed: PackedDecoder | None) -> Fast | None:
     """What decodes with these weights from now on; None where nothing is gained by it, or it cannot be."""
-    if packed is None or packed.half or packed.spec.num_parameters()["total"] > MOST_PARAMETERS:
+    if packed is None or (kind := _kind(packed)) is None:
         return None
-    weight = packed.model.output_weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkl.is_available():
-        return None
-    if old is None:
-        return Swift(packed)
+    if old is None or type(old) is not kind:
+        return kind(packed)
     old.update(packed)
     return old
+
+
+def _kind(packed: PackedDecoder) -> type[Swift] | type[Graphs] | None:
+    weight = packed.model.output_weight
+    if weight.device.type == "cuda":
+        return Graphs if weight.dtype != torch.float64 else None
+    is_small = packed.spec.num_parameters()["total"] <= MOST_PARAMETERS
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not packed.half
+    return Swift if is_small and is_plain and torch.backends.mkl.is_available() else None
+
+
+def _halves(most: int) -> list[int]:
+    """All of them, half of them, ..., one."""
+    return [most, *_halves(most // 2)] if most > 1 else [1]
 
 
 def _on_threads(count: int, work: Callable[[], Tensor]) -> Tensor:
@@ -198,6 +215,7 @@ def _ended(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
     said.close()
 
 
+@cache  # said once, though there are two libraries, and perhaps several engines
 def _give_up(reason: str) -> None:
     log.info(f"the decode step stays uncompiled: {reason}")
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lyceum.engine.adjust import Adjustment
 from lyceum.engine.cache import MIN_REUSE, Cache, Stretch, most_tokens, num_shared
-from lyceum.engine.compiled import Swift, renewed
+from lyceum.engine.compiled import Fast, renewed
 from lyceum.engine.constrain import Forms
 from lyceum.engine.guess import Guesser, guesses, verified
 from lyceum.engine.sampling import PLAIN, SamplingParams
@@ -53,10 +53,10 @@ class Engine:
     read sooner, fewer keep the others' tokens coming. num_kept: sequences whose keys and values are kept when they leave
     (default: 8, or max_batch if that is more). max_bytes: most memory for keys and values (default: a quarter of the
     machine's). batch_invariant: a reply does not depend on batch mates in its last bit; every sequence then passes alone,
-    and nothing is reused. pack: run a packed copy of the weights. half: while decoding, weights of large matrices are
-    rounded to 16 bits, which is up to three times as fast on a CPU (`lyceum.model.product`); scores are the model's own.
+    and nothing is reused. pack: run a packed copy of the weights. half: weights of large matrices are
+    rounded to 16 bits, on a CPU while decoding, up to three times as fast (`lyceum.model.product`); scores are the model's own.
     guess: guess tokens that stood here before, check them in one pass (`lyceum.engine.guess`). swift: decode by the way that is
-    fastest here, compiled or not (`lyceum.engine.compiled`); never for what must repeat. checks: of the books, for tests.
+    fastest here, compiled, recorded or not (`lyceum.engine.compiled`); not for what must repeat. checks: of the books, for tests.
     """
 
     model: Any
@@ -91,7 +91,7 @@ class Engine:
         self.pack = pack
         self.half = half
         self.guess = guess and not batch_invariant
-        self.swift = swift and not batch_invariant and not half
+        self.swift = swift and not batch_invariant
         self.checks = checks
         self._scheduler = Scheduler(max_batch)
         self._numbers = count()
@@ -99,7 +99,7 @@ class Engine:
         self._unclaimed: list[Output] = []
         self._draws: dict[int, Draw] = {}
         self._packed: PackedDecoder | None = None
-        self._swift: Swift | None = None
+        self._swift: Fast | None = None
         self.update_weights(model)
 
     def sibling(self) -> Engine:
@@ -447,7 +447,7 @@ class Engine:
         targets = sequence.tokens[sequence.num_cached + 1 : sequence.num_prompt][: len(hidden_ND)]
         if done < len(targets):
             targets_N = torch.tensor(targets[done:], device=self.device)
-            hidden_ND = hidden_ND[done : len(targets)]
+            hidden_ND = hidden_ND[done : len(targets)].to(next(self.model.parameters(), hidden_ND).dtype)
             temperature = sequence.params.temperature or 1.0
             more = score_tokens(self.model, hidden_ND, targets_N, temperature, sequence.params.top_logprobs)
             sequence.prompt_scores.extend(more)

@@ -26,13 +26,12 @@ from typing import Any
 from lyceum.batches.pairs import EncodedRanking, encode_rankings
 from lyceum.config import setting
 from lyceum.corpus.records import read_rankings
-from lyceum.engine import sides
 from lyceum.engine.engine import Engine
-from lyceum.engine.sampling import SamplingParams, mix_seed
+from lyceum.engine.sampling import mix_seed
 from lyceum.errors import CheckpointError, RunError
 from lyceum.evals.agreement import accuracy, counted, decided, differences, interval
+from lyceum.evals.answers import Judge, Written, write_answers
 from lyceum.evals.metrics import mean_interval
-from lyceum.evals.tutor_table import Judge
 from lyceum.model.checkpoint import Loaded, load_checkpoint
 from lyceum.model.transformer import Decoder
 from lyceum.run import Work, checkpoint_in, read_state
@@ -54,15 +53,6 @@ class CompareConfig:
         0.05, "by how much its share of answers that end may be lower before the new model counts as worse", low=0.0
     )
     max_batch: int = setting(64, "answers written at once", low=1)
-
-
-@dataclass(frozen=True)
-class Written:
-    """A model's answer to a prompt: its ids, as text, and whether it came to its own end."""
-
-    ids: list[int]
-    text: str
-    ended: bool
 
 
 # ---------------------------------------------------------------- what people said
@@ -101,24 +91,6 @@ def orders(old: Engine, new: Engine, rankings: Sequence[EncodedRanking]) -> dict
 
 
 # ---------------------------------------------------------------- what they say themselves
-
-
-def write_answers(
-    engine: Engine, chat: ChatFormat, prompts: Sequence[list[int]], config: CompareConfig, seed: int
-) -> list[Written]:
-    """An answer to each prompt; the noise of a prompt is the same for both models."""
-    room = [engine.context_length - len(prompt) for prompt in prompts]
-    params = [
-        SamplingParams(
-            max_tokens=min(config.max_response_tokens, most),
-            temperature=config.temperature,
-            stop_ids=chat.stop_ids,
-            seed=mix_seed(seed, number),
-        )
-        for number, most in enumerate(room)
-    ]
-    found = sides.generate(engine, prompts, params)
-    return [Written(list(one.ids), chat.parse(one.ids).content, one.finish == "stop") for one in found]
 
 
 def told(written: Sequence[Written]) -> dict[str, Any]:
@@ -211,7 +183,11 @@ def run(config: CompareConfig, work: Work) -> dict[str, Any]:
     found = orders(old, new, held_out.rankings)
     asked = {tuple(ranking.rows[0][: ranking.num_prompt]): None for ranking in held_out.rankings}
     prompts = [list(prompt) for prompt in asked if len(prompt) < context][: config.prompts]
-    written = [write_answers(engine, chat, prompts, config, work.seed) for engine in (old, new)]
+    seeds = [mix_seed(work.seed, number) for number in range(len(prompts))]  # both models draw with the same noise
+    written = [
+        write_answers(engine, chat, prompts, config.max_response_tokens, temperature=config.temperature, seeds=seeds)
+        for engine in (old, new)
+    ]
     result: dict[str, Any] = {"pairs": sum(len(decided(ranking.ranks)) for ranking in held_out.rankings)}
     result |= {"prompts": len(asked), "answered": len(prompts), "left_out": held_out.counts()}
     result |= stated("implicit", found["implicit"])

@@ -20,6 +20,7 @@ from lyceum.evals import compare_page, reward_page
 from lyceum.evals.plots import curve
 from lyceum.evals.runs import CURVES
 from lyceum.log import read_metrics, show_time
+from lyceum.model.lineage import SHAPED
 from lyceum.run import read_state, write_json, write_text
 
 # The measures of the table in the order shown: (key, heading, what it is)
@@ -199,36 +200,54 @@ OVER_ROUNDS = {
     "wrong_claim": "wrong claims",
     "helpful_f1": "F1, studied objects",
     "reward": "score by the last reward model",
-    "kl": "KL from SFT, nats an answer",
+    "kl": "KL from START, nats an answer",
 }
 
 
-def rounds_of(sections: Mapping[str, str]) -> list[str]:
-    """The PPO sections of a recipe with rounds, in order: ppo, ppo-2, ...; empty for a recipe without."""
-    names = [name for name, kind in sections.items() if kind == "ppo"]
-    is_repeated = len(names) > 1 and names[1:] == [f"{names[0]}-{number + 2}" for number in range(len(names) - 1)]
-    return names if is_repeated else []
+def rounds_of(sections: Mapping[str, str]) -> list[list[str]]:
+    """Of each policy that a recipe makes again in every round, its sections in order: ppo, ppo-2, ...; none without rounds."""
+    found = []
+    for name, kind in sections.items():
+        names = [name]
+        while sections.get(f"{name}-{len(names) + 1}") == kind in SHAPED:
+            names.append(f"{name}-{len(names) + 1}")
+        if len(names) > 1:
+            found.append(names)
+    return found
 
 
 def _rounds(result: Mapping[str, Any], sections: Mapping[str, str], reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The held-out questions over rounds, 0 being SFT, and how well each round's reward model ordered held-out pairs."""
+    """The held-out questions over rounds, 0 being the start, and how well each round's reward model ordered held-out pairs."""
     rows = {row["model"]: row for row in result["rows"]}
-    names = rounds_of(sections)
-    shown = [rows[name] for name in ("sft", *names) if name in rows]
-    if len(shown) != len(names) + 1 or not names:
-        return ""
-    plots = []
-    for key, title in OVER_ROUNDS.items():
-        if any(row.get(key) is None for row in shown):
+    parts = []
+    for names in rounds_of(sections):
+        before = [*sections][: [*sections].index(names[0])]
+        start = next((name for name in reversed(before) if sections[name] == "sft"), "")
+        shown = [rows[name] for name in (start, *names) if name in rows]
+        if len(shown) <= len(names):
             continue
-        points = [(float(number), row[key]) for number, row in enumerate(shown)]
-        intervals = [row["intervals"].get(key, (row[key], row[key])) for row in shown]
-        plots.append(curve(points, title, "round", intervals))
+        plots = []
+        for key, title in OVER_ROUNDS.items():
+            if any(row.get(key) is None for row in shown):
+                continue
+            points = [(float(number), row[key]) for number, row in enumerate(shown)]
+            intervals = [row["intervals"].get(key, (row[key], row[key])) for row in shown]
+            plots.append(curve(points, title.replace("START", shown_name(start)), "round", intervals))
+        title = html.escape(f"{shown_name(names[0])}; round 0 is {shown_name(start)}")
+        parts.append(f"<h3>{title}</h3><div class='plots'>{''.join(plots)}</div>")
+    if not parts:
+        return ""
     judges = [report["accuracy_noisy"] for report in reports.values() if "accuracy_noisy" in report]
+    ordered = ", ".join(_number(value) for value in judges)
     return (
-        f"<h2>Over rounds</h2><div class='plots'>{''.join(plots)}</div><p>Round 0 is SFT; each later one ranks answers of the "
-        "policy before it, trains the reward model on all rankings so far, and PPO again from SFT. Held-out pairs in the ranked "
-        f"order, by each round's reward model on its own rankings: {', '.join(_number(value) for value in judges)}.</p>"
+        f"<h2>Over rounds</h2>{''.join(parts)}<p>Each round ranks answers of the policy before it, and learns from all rankings "
+        "so far, from the start again."
+        + (
+            f" Held-out pairs in the ranked order, by each round's reward model on its own: {ordered}."
+            if judges
+            else ""
+        )
+        + "</p>"
     )
 
 

@@ -17,22 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from lyceum.config import setting
 from lyceum.corpus.records import Conversation, Message
-from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams
-from lyceum.engine.sequence import Output
 from lyceum.errors import ConfigError, DataError
+from lyceum.evals.answers import Judge, Written, write_answers
 from lyceum.evals.metrics import best_of_n_kl, mean_interval, words
 from lyceum.evals.report import shown_name
 from lyceum.evals.tasks import content, open_book, tutor
 from lyceum.evals.tasks.tutor import Grade, Question
 from lyceum.log import progress
 from lyceum.model.checkpoint import load_checkpoint
-from lyceum.model.ensemble import load_members
 from lyceum.run import Work, write_json, write_lines
 from lyceum.tokens.chat import ChatFormat
 
@@ -69,24 +65,6 @@ class Outcome:
     grade: Grade
     reward: float | None  # where a reward model stands
     wrong_claim: bool
-
-
-class Judge:
-    """The reward model over whole rows of ids: the normalised score at the last token."""
-
-    def __init__(self, folder: Path, max_batch: int) -> None:
-        members, self.ensemble = load_members(folder)
-        self.members = [
-            (Engine(one.model.decoder, max_batch=max_batch), one.model.score.weight.detach()[0], one.centre)
-            for one in members
-        ]
-
-    def score(self, rows: Sequence[list[int]]) -> list[float]:
-        each = [
-            [float(weight @ vector) - centre for vector in engine.encode(list(rows), at="last")]
-            for engine, weight, centre in self.members
-        ]
-        return self.ensemble.combine(torch.tensor(each, dtype=torch.float64)).tolist()
 
 
 # A measure maps an outcome to a number, or to None where it does not apply; the table shows its mean over the rest.
@@ -149,41 +127,42 @@ class Exam:
         sentences = [tutor.DECLINE, *(item.answer for item in (*content.load_misses(), *content.load_refusals()))]
         self.honest = tutor.honest_sentences(sentences)
 
-    def params(self, *, temperature: float = 0.0, seed: int = 0) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.config.max_response_tokens, temperature=temperature, stop_ids=self.chat.stop_ids, seed=seed
-        )
+    @property
+    def params(self) -> SamplingParams:
+        """Of the likeliest answer."""
+        return SamplingParams(self.config.max_response_tokens, temperature=0.0, stop_ids=self.chat.stop_ids)
 
     def greedy(self, engine: Engine) -> list[Outcome]:
-        outputs = sides.generate(engine, self.prompts, self.params())
-        return self.outcomes(outputs)
+        return self.outcomes(write_answers(engine, self.chat, self.prompts, self.config.max_response_tokens))
+
+    def drawn(self, engine: Engine, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Written]:
+        """Answers at temperature 1."""
+        most = self.config.max_response_tokens
+        return write_answers(engine, self.chat, prompts, most, temperature=1.0, seeds=seeds)
 
     def best_of(self, engine: Engine) -> list[Outcome]:
         assert self.judge is not None, "somebody has to say which is best"
         count = self.config.best_of
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
-        params = [self.params(temperature=1.0, seed=7919 * i + 1) for i in range(len(prompts))]
-        outputs = sides.generate(engine, prompts, params)
-        scores = self.judge.score([prompt + output.ids for prompt, output in zip(prompts, outputs, strict=True)])
+        written = self.drawn(engine, prompts, [7919 * i + 1 for i in range(len(prompts))])
+        scores = self.judge.score([prompt + one.ids for prompt, one in zip(prompts, written, strict=True)])
         best = [max(range(i, i + count), key=scores.__getitem__) for i in range(0, len(prompts), count)]
-        return self.outcomes([outputs[i] for i in best])
+        return self.outcomes([written[i] for i in best])
 
-    def outcomes(self, outputs: Sequence[Output]) -> list[Outcome]:
-        rows = [prompt + output.ids for prompt, output in zip(self.prompts, outputs, strict=True)]
+    def outcomes(self, written: Sequence[Written]) -> list[Outcome]:
+        rows = [prompt + one.ids for prompt, one in zip(self.prompts, written, strict=True)]
         rewards = self.judge.score(rows) if self.judge else [None] * len(rows)
         found = []
-        for number, (question, output, reward) in enumerate(zip(self.questions, outputs, rewards, strict=True)):
-            answer = self.chat.parse(output.ids).content
-            graded = tutor.grade(question, answer, ended=output.finish == "stop")
-            wrong = tutor.claims(answer, self.honest)
-            found.append(Outcome(number, question, answer, len(output.ids), graded, reward, wrong))
+        for number, (question, one, reward) in enumerate(zip(self.questions, written, rewards, strict=True)):
+            graded = tutor.grade(question, one.text, ended=one.ended)
+            wrong = tutor.claims(one.text, self.honest)
+            found.append(Outcome(number, question, one.text, len(one.ids), graded, reward, wrong))
         return found
 
     def kl_from(self, engine: Engine, reference: Engine) -> float:
         """Mean KL in nats per response from `reference` to `engine`, estimated on one sample a question (k1)."""
-        params = [self.params(temperature=1.0, seed=104729 * i + 1) for i in range(len(self.prompts))]
-        outputs = sides.generate(engine, self.prompts, params)
-        rows = [prompt + output.ids for prompt, output in zip(self.prompts, outputs, strict=True)]
+        written = self.drawn(engine, self.prompts, [104729 * i + 1 for i in range(len(self.prompts))])
+        rows = [prompt + one.ids for prompt, one in zip(self.prompts, written, strict=True)]
         mine, theirs = engine.score(rows), reference.score(rows)
         total = 0.0
         for prompt, a, b in zip(self.prompts, mine, theirs, strict=True):
@@ -220,7 +199,7 @@ def side_by_side(
     tries += [(shown_name(name), name, chat_prompt) for name in chats]
     rows = []
     for title, name, prompt in tries:
-        output = engines[name].generate([prompt], exam.params())[0]
+        output = engines[name].generate([prompt], exam.params)[0]
         rows.append({"model": title, "answer": exam.chat.tokenizer.decode(output.ids)})
     return rows
 
@@ -306,7 +285,7 @@ def run(config: EvalConfig, work: Work) -> dict:
         "open_book": open_book.report(
             {name: engines[name] for name in dict.fromkeys((start, last))},
             chat,
-            exam.params(),
+            exam.params,
             lessons=work.inputs["lessons"],
             corpus=work.inputs["corpus"],
             packages=config.open_book_packages,

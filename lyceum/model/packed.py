@@ -43,6 +43,15 @@ def can_pack(model: nn.Module) -> bool:
     return all(type(it) is nn.Linear and type(it.weight) is nn.Parameter for it in linears)
 
 
+def rounded(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """The model with its weights in `dtype`; the old ones stay as they are."""
+    with torch.device("meta"):
+        found = Decoder(model.spec)
+    weights = {name: weight.detach().to(dtype) for name, weight in model.state_dict().items()}
+    found.load_state_dict(weights, assign=True)
+    return found
+
+
 @dataclass
 class Layer:
     """One layer's matrices; the gains before qkv and up are in those, unless the norm is not RMSNorm."""
@@ -57,7 +66,8 @@ class Layer:
 class PackedDecoder:
     """What the engine runs in place of `model`.
 
-    half: few tokens see the weights of large matrices rounded to fp16. Raises UsageError where that is not possible.
+    half: on a CPU few tokens see the weights of large matrices rounded to fp16; elsewhere all tokens see a second copy, in bf16.
+    Raises UsageError where that is not possible.
     """
 
     def __init__(self, model: Decoder, *, half: bool = False) -> None:
@@ -69,6 +79,8 @@ class PackedDecoder:
     @torch.no_grad()
     def update(self, model: Decoder) -> None:
         """Copy the model's weights, into the memory of the old ones where the shapes are the same."""
+        if self.half and model.output_weight.device.type != "cpu":
+            model = rounded(model, torch.bfloat16)
         self.model, self.spec = model, model.spec
         spec, norm = model.spec, model.model.norm
         # RMSNorm(x) = x / sqrt(|x|^2 + eps D) * sqrt(D) * gain: the last two are multiplied into what follows
@@ -125,7 +137,7 @@ class PackedDecoder:
         few: with the matrices as they are kept for few rows.
         """
         trunk: Any = self.model.model
-        assert self._output is not None and not self.half
+        assert self._output is not None and not self._output.half
         found: dict[str, Tensor | None] = {"embed": trunk.embed_tokens.weight}
         if self.spec.positions == "learned":
             found["positions"] = trunk.embed_positions.weight
@@ -154,7 +166,7 @@ class PackedDecoder:
 
     def _renewed(self, old: Product | None, weight: Tensor, bias: Tensor | None, *, is_copy: bool = False) -> Product:
         if old is None:
-            return Product(weight, bias, half=self.half)
+            return Product(weight, bias, half=self.half and weight.device.type == "cpu")
         before = old.weight
         if is_copy and (before.shape, before.dtype, before.device) == (weight.shape, weight.dtype, weight.device):
             weight = before.copy_(weight)

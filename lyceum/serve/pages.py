@@ -20,7 +20,7 @@
 
 Every object is read by its owner, who is the caller that the guard found; another's is not there (404). The store blocks, so
 it is asked from threads. Two answers to be compared carry `pair` and `side` in their parameters: sides are drawn by lot; every
-answer carries `checkpoint`, the fingerprint of what wrote it.
+answer carries `checkpoint`, the fingerprint of what wrote it, and where that only went on with it `begun_by`, those before.
 
 What it is not: the page's looks (the files under `lyceum/serve/web`), or the store.
 """
@@ -381,7 +381,8 @@ class Desk:
             caller, message.model, message.system, path, message.parameters, begun=message.content
         )
         try:
-            draft = await self.ask(self.store.go_on, caller.id, id)
+            parameters = _gone_on_with(message.parameters, job.served.fingerprint)
+            draft = await self.ask(self.store.go_on, caller.id, id, parameters)
         except BaseException:
             job.close()
             raise
@@ -441,6 +442,14 @@ class Following:
     def close(self) -> None:
         """Nobody looks on any more; the answer goes on."""
         self._is_closed = True
+
+
+def _gone_on_with(parameters: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """An answer's parameters when a checkpoint goes on with it, which may not be the one that began it."""
+    before = parameters.get("checkpoint", "")
+    if before == fingerprint:
+        return dict(parameters)
+    return {**parameters, "checkpoint": fingerprint, "begun_by": [*parameters.get("begun_by", ()), before]}
 
 
 def _mark(one: Judgement) -> Told:

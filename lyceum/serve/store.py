@@ -299,8 +299,8 @@ class Store:
             _, message = self._insert(connection, owner, conversation, parent, row)
         return self._follow(message, owner)
 
-    def go_on(self, owner: str, message: str) -> Draft:
-        """Go on with an answer that ended too early; it must be the last of its branch.
+    def go_on(self, owner: str, message: str, parameters: Mapping[str, Any] | None = None) -> Draft:
+        """Go on with an answer that ended too early; it must be the last of its branch. parameters: in place of what it has.
 
         Raises:
             NotFound: there is none.
@@ -312,7 +312,14 @@ class Store:
                 raise StoreError(f"a {found.state} message of {found.role} cannot be gone on with")
             if connection.execute(select(MESSAGES.c.id).where(MESSAGES.c.parent == message).limit(1)).first():
                 raise StoreError("the answer has replies, which were given to what it says now", hint="answer anew")
-            values = {"state": "streaming", "writer": self.writer, "updated": time.time(), "finish_reason": ""}
+            values: dict[str, Any] = {
+                "state": "streaming",
+                "writer": self.writer,
+                "updated": time.time(),
+                "finish_reason": "",
+            }
+            if parameters is not None:
+                values["parameters"] = _parameters(parameters)
             connection.execute(update(MESSAGES).where(MESSAGES.c.id == message).values(values))
             touch(connection, found.conversation, leaf=message)
         return self._follow(found, owner)

@@ -229,6 +229,67 @@ def test_a_command_that_makes_no_sense_is_said(run: Path, tmp_path: Path, capsys
         assert text in capsys.readouterr().err
 
 
+def stood_in(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The river reads judgements, trains nothing, and finds nothing better; returns the improvements it was asked for."""
+    made: list[str] = []
+
+    def run_recipe(recipe: Path, *, overrides: tuple[str, ...], runs_dir: Path) -> None:
+        section = load_recipe(recipe).section("judgements")
+        report = judgements.run(JudgementsConfig(**section.settings), work_in(recipe.parent / "judgements"))
+        write_json(recipe.parent / "judgements" / "report.json", report)
+        compared(run, int(recipe.parent.name), False)
+        made.append(recipe.parent.name)
+
+    monkeypatch.setattr(river, "run_recipe", run_recipe)
+    return made
+
+
+def test_without_new_feedback_the_last_result_stands(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stood_in(run, monkeypatch)
+    judge(run, 0, 24)
+    own = find_checkpoint(run).checkpoint
+    first = improve.improve(run, least=20, held_out=0.4)
+    for _ in range(2):
+        said = improve.improve(run, least=20, held_out=0.4)
+        assert (
+            said == f"nothing new was said since improvement 1, whose result stands; --again trains once more\n{first}"
+        )
+    judge(run, 90, 93, consent=False)  # nothing that may be learned from
+    assert "nothing new" in improve.improve(run, least=20, held_out=0.4) and made == ["1"]
+    assert find_checkpoint(run).checkpoint == own
+    assert "offered: improve/1/preference/checkpoint" in improve.improve(run, least=20, held_out=0.4, offer="always")
+    assert find_checkpoint(run).checkpoint == run / "improve/1/preference/checkpoint" and made == ["1"]
+    before = (run / OFFER).stat().st_mtime_ns
+    assert "because\noffered: improve/1" in improve.improve(run, least=20, held_out=0.4, offer="never")
+    assert (run / OFFER).stat().st_mtime_ns == before and made == ["1"]
+    assert "nothing new" not in improve.improve(run, least=20, held_out=0.4, again=True) and made == ["1", "2"]
+    assert "nothing new" in improve.improve(run, least=20, held_out=0.4) and made == ["1", "2"]
+
+
+def test_what_is_new_is_learned_from(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = stood_in(run, monkeypatch), {"held_out": 0.4, "least": 20}
+    judge(run, 0, 24)
+    improve.improve(run, **asked)
+    for more in ({"held_out": 0.3}, {"overrides": ("compare.prompts=3",)}, {"method": "ppo"}, {}):
+        assert "nothing new" not in improve.improve(run, **{**asked, **more})
+    judge(run, 0, 1, best="no")
+    assert "nothing new" not in improve.improve(run, **asked)
+    write_text(run / "recipe.toml", 'name = "tiny"\nseed = 4\n[sft]\n[preference]\nlr = 0.5\n')
+    assert "nothing new" not in improve.improve(run, **asked)
+    assert made == ["1", "2", "3", "4", "5", "6", "7"] and "nothing new" in improve.improve(run, **asked)
+
+
+def test_an_improvement_that_was_under_way_is_not_taken_for_a_repetition(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stood_in(run, monkeypatch)
+    judge(run, 0, 24)
+    improve.improve(run, least=20, held_out=0.4)
+    (run / "improve" / "2").mkdir()
+    improve.improve(run, least=20, held_out=0.4)
+    assert made == ["1", "2"]
+
+
 # -- the whole of it ---------------------------------------------------------------------------------------------------
 
 

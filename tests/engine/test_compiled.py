@@ -13,11 +13,12 @@ import torch
 
 from lyceum import device
 from lyceum.engine import compiled as compiled_module
-from lyceum.engine.compiled import Library, Swift, Way, renewed
+from lyceum.engine.compiled import Library, Swift, Way, _give_up, _halves, renewed
 from lyceum.engine.engine import Engine
 from lyceum.engine.probe import Probe
 from lyceum.engine.sampling import SamplingParams
 from lyceum.model.packed import PackedDecoder
+from lyceum.model.product import can_halve
 from lyceum.model.step import Step
 from lyceum.model.transformer import Decoder
 from tests.engine.test_engine import PROMPTS, Crowd
@@ -59,6 +60,7 @@ class Turns(Probe[Way]):
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _give_up.cache_clear()
     return tmp_path / "lyceum" / "steps"
 
 
@@ -96,8 +98,11 @@ def test_without_a_compiler_steps_go_as_before_and_the_log_says_so_once(
     decoder: Decoder, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    outputs = Engine(decoder, swift=True).generate(PROMPTS, GREEDY)
-    assert [one.ids for one in outputs] == [one.ids for one in Engine(decoder).generate(PROMPTS, GREEDY)]
+    for prompts in (PROMPTS, PROMPTS[:1]):  # for which there are two libraries
+        engine = Engine(decoder, swift=True)
+        outputs = engine.generate(prompts, GREEDY)
+        assert [one.ids for one in outputs] == [one.ids for one in Engine(decoder).generate(prompts, GREEDY)]
+        assert engine._swift is not None and engine._swift._libraries  # type: ignore[union-attr]
     said = capsys.readouterr().err
     assert said.count("stays uncompiled: there is no C++ compiler") == 1, said
     assert not cache_folder.exists()
@@ -133,9 +138,14 @@ def test_a_compiled_step_is_found_again_only_where_all_is_the_same(
     assert order["spec"]["width"] == decoder.spec.width and order["is_several"]
 
 
+def test_ways_are_tried_on_all_threads_half_of_them_and_so_on_to_one() -> None:
+    assert [_halves(count) for count in (1, 2, 6, 8)] == [[1], [2, 1], [6, 3, 1], [8, 4, 2, 1]]
+
+
 def test_what_must_repeat_is_never_measured(decoder: Decoder) -> None:
     assert Engine(decoder)._swift is None
     assert Engine(decoder, swift=True, batch_invariant=True)._swift is None
+    assert not can_halve(decoder.output_weight) or Engine(decoder, swift=True, half=True)._swift is None
     assert Engine(decoder, swift=True).sibling()._swift is None
     assert isinstance(renewed(None, PackedDecoder(decoder)), Swift)
     assert renewed(None, PackedDecoder(Decoder(decoder.spec).double())) is None

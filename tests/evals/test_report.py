@@ -132,5 +132,27 @@ def test_rounds_are_drawn_over_the_held_out_questions_with_their_intervals(finis
     page = (folder / "report.html").read_text()
     shown = page[page.index("Over rounds") : page.index("The stages")]
     assert shown.count("<svg") == 3 and "KL from SFT" in shown and "wrong claims" in shown  # no rule_score, no reward
-    assert "each round's reward model on its own rankings: 0.80" in shown
+    assert "each round's reward model on its own: 0.80" in shown
+
+
+def test_every_policy_that_a_round_makes_again_is_drawn(finished_run: tuple[Path, Recipe]) -> None:
+    folder, recipe = finished_run
+    kinds = {
+        "strict": "sft",
+        "rloo": "grpo",
+        "preference": "preference",
+        "rloo-2": "grpo",
+        "preference-2": "preference",
+    }
+    rounds = replace(recipe, sections=(*recipe.sections, *(Section(kind, name, {}) for name, kind in kinds.items())))
+    measured = json.loads((folder / "eval" / "report.json").read_text())
+    measured["rows"] = [{"model": name, **ROW, "kl": 0.0} for name in kinds]
+    (folder / "eval" / "report.json").write_text(json.dumps(measured))
+    report.build(folder, rounds)
+    page = (folder / "report.html").read_text()
+    shown = page[page.index("Over rounds") : page.index("The stages")]
+    assert "<h3>rloo; round 0 is strict</h3>" in shown and "<h3>preference; round 0 is strict</h3>" in shown
+    assert shown.count("<svg") == 6 and "KL from strict" in shown
+    assert report.rounds_of(kinds) == [["rloo", "rloo-2"], ["preference", "preference-2"]]
     assert report.rounds_of({"ppo": "ppo", "gentle": "ppo"}) == []  # two PPO sections are no rounds
+    assert report.rounds_of({"ppo": "ppo", "ppo-2": "grpo", "reward": "reward", "reward-2": "reward"}) == []

@@ -10,10 +10,11 @@ import torch
 
 from lyceum.config import Recipe, Section
 from lyceum.errors import ConfigError
+from lyceum.evals.answers import Judge
 from lyceum.evals.metrics import best_of_n_kl
 from lyceum.evals.report import build
 from lyceum.evals.tasks.tutor import DECLINE, Question, grade
-from lyceum.evals.tutor_table import EvalConfig, Judge, Outcome, compare, run, sections_of, start_of, summarise
+from lyceum.evals.tutor_table import EvalConfig, Outcome, compare, run, sections_of, start_of, summarise
 from lyceum.model.checkpoint import save_checkpoint
 from lyceum.model.ensemble import Ensemble, join_members
 from lyceum.model.heads import ScoreModel

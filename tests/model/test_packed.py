@@ -12,7 +12,7 @@ from lyceum.engine.cache import Cache, Stretch
 from lyceum.model import product as product_module
 from lyceum.model.heads import ScoreModel
 from lyceum.model.lora import adapt
-from lyceum.model.packed import PackedDecoder, can_pack
+from lyceum.model.packed import PackedDecoder, can_pack, rounded
 from lyceum.model.product import can_halve
 from lyceum.model.transformer import Decoder
 
@@ -80,19 +80,35 @@ def test_an_update_uses_the_new_weights_in_the_old_memory(tiny_spec, random_deco
 def test_weights_in_16_bits_are_the_rounded_weights(tiny_spec, random_decoder, monkeypatch):
     monkeypatch.setattr(product_module, "MIN_HALVED", 0)
     decoder = random_decoder(tiny_spec(num_kv_heads=2))
-    halved, rounded = PackedDecoder(decoder, half=True), PackedDecoder(decoder)
-    for layer in rounded._layers:
+    halved, by_hand = PackedDecoder(decoder, half=True), PackedDecoder(decoder)
+    for layer in by_hand._layers:
         for product in (layer.qkv, layer.out, layer.up, layer.down):
             product.update(product.weight.detach().half().float(), None)
-    rounded._output.update(decoder.output_weight.detach().half().float(), None)
+    by_hand._output.update(decoder.output_weight.detach().half().float(), None)
     tokens_T = torch.randint(96, (12,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        hidden, wanted = (by_pieces(run, tokens_T, [1] * 12) for run in (halved, rounded))
+        hidden, wanted = (by_pieces(run, tokens_T, [1] * 12) for run in (halved, by_hand))
         torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(halved.logits(hidden), rounded.logits(wanted), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(halved.logits(hidden), by_hand.logits(wanted), rtol=1e-4, atol=1e-5)
         exact = PackedDecoder(decoder)
         away = (halved.logits(hidden) - exact.logits(by_pieces(exact, tokens_T, [1] * 12))).abs().max()
         assert 0 < away < 5e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bf16_are_near_the_models_own_which_stay(tiny_spec, random_decoder, family):
+    decoder = random_decoder(tiny_spec(**FAMILIES[family]))
+    before = copy.deepcopy(decoder.state_dict())
+    near = rounded(decoder, torch.bfloat16)
+    assert near.state_dict().keys() == before.keys() and near.spec == decoder.spec
+    for name, weight in near.state_dict().items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(decoder.state_dict()[name], before[name])
+        assert torch.equal(weight, before[name].bfloat16())
+    tokens_T = torch.randint(96, (12,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        hidden, wanted = (by_pieces(PackedDecoder(it), tokens_T, [1] * 12).float() for it in (near, decoder))
+    away = (hidden - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert 1e-4 < away.max() < 0.05
 
 
 def test_what_cannot_be_read_off_is_not_packed(tiny_spec, random_decoder):

@@ -466,3 +466,19 @@ def test_an_answer_says_which_checkpoint_wrote_it_when_a_name_has_had_two(page: 
         ("demo", "first"),
         ("demo", "second"),
     ]
+
+
+def test_an_answer_that_another_checkpoint_goes_on_with_names_both(page: Make) -> None:
+    server = page()
+    id = begin(server)
+    kept = []
+    for number, fingerprint in enumerate(("first", "first", "second", "third")):
+        server.service.models["demo"] = replace(server.service.model("demo"), fingerprint=fingerprint)
+        if number == 0:
+            _, answer = whole(server, id, "hello")
+        else:
+            assert server.post(f"/api/messages/{answer['id']}/continue", {}).status == 200
+            follow(server, answer["id"])
+        found = opened(server, id)["messages"][-1]["parameters"]
+        kept.append((found["checkpoint"], found.get("begun_by")))
+    assert kept == [("first", None), ("first", None), ("second", ["first"]), ("third", ["first", "second"])]

@@ -1,6 +1,6 @@
-"""LangChain's ChatOpenAI and lm-evaluation-harness, as they are, against a server: where they are installed.
+"""LangChain's ChatOpenAI and lm-evaluation-harness, as they are, against a server.
 
-pip install lm_eval[api] langchain-openai; python -m pytest -m slow tests/serve/test_peers.py
+`make test-slow` installs them: lm_eval without its dependencies, which its tasks need and its models for an API do not.
 """
 
 from __future__ import annotations
