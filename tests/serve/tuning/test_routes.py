@@ -15,7 +15,7 @@ import pytest
 
 from lyceum.config import load_recipe
 from lyceum.log import Metrics
-from lyceum.run import write_json
+from lyceum.run import PARTIAL, write_json
 from lyceum.serve.keys import Key, hash_of
 from lyceum.serve.limits import SCOPES, Limits
 from lyceum.serve.porter import Porter
@@ -54,8 +54,10 @@ def finish(home: Path, id: str, base: Path, pretend: Pretend, section: str = "sf
     metrics.write(1, {"loss": 2.0, "token_accuracy": 0.25, "tokens": 10})
     metrics.write(10, {"loss": 0.5, "token_accuracy": 0.75, "valid/loss": 0.75, "valid/accuracy": 0.5, "tokens": 100})
     for name in ("snapshot-0.50", "checkpoint"):
-        shutil.copytree(base, folder / name)
-        write_json(folder / name / "lyceum.json", {"step": 5 if name == "snapshot-0.50" else 10})
+        partial = folder / f"{name}{PARTIAL}"  # whole or not at all, as real ones are
+        shutil.copytree(base, partial)
+        write_json(partial / "lyceum.json", {"step": 5 if name == "snapshot-0.50" else 10})
+        partial.rename(folder / name)
     (folder / "trainer").mkdir()
     pretend.finished.add(id)
     pretend.alive.discard(id)
