@@ -26,7 +26,7 @@ from lyceum.corpus.rows import json_line
 from lyceum.errors import DataError, UsageError
 from lyceum.run import Work
 
-VERSION = 1
+VERSION = 2  # 2: what came of the labelling page is read, too
 PARTS = ("train", "valid")
 LEAST_HELD_OUT = 5  # prompts: an interval over fewer says nothing
 
@@ -38,12 +38,17 @@ class JudgementsConfig:
     store: str = setting("", "a run's folder, a store's file, or its address")
     held_out: float = setting(0.2, "share of the prompts kept to judge by", low=0.0, high=0.9)
     least: int = setting(40, "prompts with a ranking that it takes; fewer are an error", low=2)
+    voices: str = setting(
+        "consensus", "of several who ranked the same answers on the labelling page", choices=("consensus", "each")
+    )
 
 
 def of_thumbs(ratings: Iterable[Rating]) -> list[Ranking]:
     """Rankings of answers to one prompt, told apart by the thumbs that one person gave them."""
     groups: dict[str, list[Rating]] = {}
     for rating in ratings:
+        if rating.meta.get("kind") == "label_score":
+            continue  # who gave scores on the labelling page ranked the same answers too
         groups.setdefault(json_line([rating.meta.get("annotator"), rating.prompt.to_json()]), []).append(rating)
     found = []
     for group in groups.values():
@@ -78,7 +83,7 @@ def run(config: JudgementsConfig, work: Work) -> dict:
     if not config.store:
         raise UsageError("[judgements] names no store", hint='store = "runs/demo", or --set judgements.store=runs/demo')
     feedback = reader()
-    found = feedback.read(config.store)
+    found = feedback.read(config.store, voices=config.voices)
     rankings: dict[str, list[Ranking]] = {part: [] for part in PARTS}
     for ranking in [*found.rankings, *of_thumbs(found.ratings)]:
         rankings[PARTS[feedback.is_held_out(ranking.prompt, config.held_out)]].append(ranking)

@@ -118,9 +118,14 @@ def make_parser() -> Parser:
     export.add_argument(
         "--format",
         default="rankings",
-        help="rankings (default), ratings or conversations: ours; trl, hh: pairs; kto: thumbs; messages, sharegpt: corrections",
+        help="ours: rankings (default), ratings, conversations, labels; trl, hh: pairs; kto: thumbs; messages, sharegpt",
     )
     export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
+    export.add_argument(
+        "--voices",
+        default="consensus",
+        help="of several who ranked the same answers on the labelling page: consensus (default), or each one",
+    )
     export.set_defaults(do=_feedback_export)
     _keys_options(_verb(verbs, "keys", "who may ask a server: make keys, list, rename and revoke them"))
     improve = _verb(verbs, "improve", "learn from what people said about a run's answers, and offer the next model")
@@ -212,7 +217,7 @@ def _keys_options(parser: Parser) -> None:
                 "--scope",
                 action="append",
                 default=[],
-                help="models, inference, metrics; may be repeated (default: two)",
+                help="models, inference, metrics, admin; may be repeated (default: the first two)",
             )
             verb.add_argument("--days", type=float, default=0.0, help="for how long it is good (default: for ever)")
             verb.add_argument("--owner", default="", help="whose chats it opens (default: its own)")
@@ -329,7 +334,7 @@ def _export(args: argparse.Namespace) -> None:
 def _feedback_export(args: argparse.Namespace) -> None:
     from lyceum.cli import feedback
 
-    print(feedback.export(args.path, args.to, args.format, args.held_out))
+    print(feedback.export(args.path, args.to, args.format, args.held_out, args.voices))
 
 
 def _keys_new(args: argparse.Namespace) -> None:

@@ -30,8 +30,8 @@ from lyceum.engine import sides
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import SamplingParams, mix_seed
 from lyceum.errors import CheckpointError, RunError
-from lyceum.evals.agreement import accuracy, counted, decided, differences, interval
-from lyceum.evals.metrics import mean_interval
+from lyceum.evals.agreement import accuracy, counted, differences
+from lyceum.evals.metrics import decided, interval, mean_interval
 from lyceum.evals.tutor_table import Judge
 from lyceum.model.checkpoint import Loaded, load_checkpoint
 from lyceum.model.transformer import Decoder

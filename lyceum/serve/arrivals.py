@@ -28,10 +28,11 @@ from sqlalchemy import Connection, insert
 from lyceum.corpus.records import Conversation, Message, ToolCall
 from lyceum.errors import DataError
 from lyceum.serve import terms
+from lyceum.serve.columns import storable
 from lyceum.serve.drafts import INTERRUPTED
 from lyceum.serve.judgements import MAX_REASON, MOST_ANSWERS
 from lyceum.serve.store import MAX_TITLE, Store
-from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, storable
+from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES
 from lyceum.serve.tree import need_owner, new_id, newest_leaf
 from lyceum.serve.wishes import Parameters
 

@@ -20,7 +20,12 @@ from dataclasses import dataclass, field
 
 from lyceum.serve.refusals import Refusal
 
-SCOPES = ("models", "inference", "metrics")  # list models and cut text; make text; read the server's numbers
+SCOPES = (
+    "models",
+    "inference",
+    "metrics",
+    "admin",
+)  # list models and cut text; make text; the server's numbers; run it
 MIN_KEY = 32  # characters of a key that somebody chose, where the address is public
 
 

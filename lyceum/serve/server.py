@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lyceum.errors import UsageError
 from lyceum.serve.app import make_app
+from lyceum.serve.label.routes import labelling
 from lyceum.serve.limits import MIN_KEY, Limits
 from lyceum.serve.models import load
 from lyceum.serve.offers import Offers
@@ -113,6 +114,7 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
         routers = []
         if store is not None:
             routers.append(pages(service, store, about=config.about, is_own_machine=not porter.asks))
+            routers.append(labelling(service, store))
         app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"

@@ -35,11 +35,13 @@ from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 from lyceum.corpus.records import ToolCall
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve import terms
+from lyceum.serve.columns import storable
 from lyceum.serve.database import Database
 from lyceum.serve.drafts import LEASE_S, SAVE_EVERY_S, Draft, Saver, settle
 from lyceum.serve.judgements import Judgements
 from lyceum.serve.keys import Keys
-from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, STATES, storable
+from lyceum.serve.label.office import forget as forget_labels
+from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, STATES
 from lyceum.serve.tree import (
     StoredConversation,
     StoredMessage,
@@ -215,7 +217,7 @@ class Store:
             connection.execute(delete(CONVERSATIONS).where(CONVERSATIONS.c.number == number))
 
     def forget(self, owner: str) -> int:
-        """Delete all that is an owner's, really: conversations, messages, judgements; returns how many conversations.
+        """Delete all that is an owner's, really: conversations, messages, judgements, labels; returns how many conversations.
 
         Its keys stay. The files are scrubbed too (`Database.scrub`), which takes seconds where there is much.
         """
@@ -228,6 +230,7 @@ class Store:
             gone = delete(CONVERSATIONS).where(CONVERSATIONS.c.owner == owner).returning(CONVERSATIONS.c.number)
             conversations = connection.execute(gone).scalars().all()
             terms.remove(connection, "conversations", conversations)
+            forget_labels(connection, owner)
         self.database.scrub()
         return len(conversations)
 

@@ -9,135 +9,88 @@
 the steps add up to, for the queries; a test compares the two on both databases. The index for the search is in no table:
 `lyceum.serve.terms` keeps it, in the shape that each database has for it.
 
-Text: neither database holds the character NUL, nor half of a surrogate pair; `Words` writes U+FFFD in their place.
-
 Not here: opening a database and applying the steps (`lyceum.serve.database`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Connection, Dialect, Double, Integer, MetaData, Table, Text
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy import Boolean, Connection, Double, Integer, Table
 
 from lyceum.serve import terms
+from lyceum.serve.columns import METADATA, NUMBER, SERIAL, Json, Words, column
+from lyceum.serve.label.tables import label_tables
 
 STATES = ("streaming", "done", "stopped", "failed")  # of a message; all but an answer under way are done
-
-
-def storable(text: str) -> str:
-    """Text as both databases can hold it: NUL and lone surrogates become U+FFFD, the halves of a pair are joined."""
-    if text.isascii():
-        return text.replace("\0", "\ufffd")
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\0", "\ufffd")
-
-
-class Words(TypeDecorator[str]):
-    """Text in a column, made storable on the way in, in conditions too."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else storable(value)
-
-
-class Json(TypeDecorator[Any]):
-    """Any JSON value as ASCII text: what text cannot hold is escaped, so that a judged text comes back to the character."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
-        return json.dumps(value, allow_nan=False)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else json.loads(value)
-
-
-METADATA = MetaData()
-NUMBER = BigInteger().with_variant(Integer(), "sqlite")
-
-
-def _column(name: str, kind: Any, **options: Any) -> Column[Any]:
-    return Column(name, kind, **{"nullable": False, **options})
-
 
 KEYS = Table(
     "keys",
     METADATA,
-    _column("id", Words, primary_key=True),
-    _column("name", Words),
-    _column("owner", Words),
-    _column("hash", Words),
-    _column("scopes", Json),
-    _column("created", Double),
-    _column("expires", Double),
+    column("id", Words, primary_key=True),
+    column("name", Words),
+    column("owner", Words),
+    column("hash", Words),
+    column("scopes", Json),
+    column("created", Double),
+    column("expires", Double),
 )
 
 CONVERSATIONS = Table(
     "conversations",
     METADATA,
-    _column("number", NUMBER, primary_key=True),
-    _column("id", Words),
-    _column("owner", Words),
-    _column("title", Words),
-    _column("pinned", Boolean),
-    _column("system", Words),
-    _column("parameters", Json),
-    _column("leaf", Words, nullable=True),
-    _column("created", Double),
-    _column("updated", Double),
+    column("number", NUMBER, primary_key=True),
+    column("id", Words),
+    column("owner", Words),
+    column("title", Words),
+    column("pinned", Boolean),
+    column("system", Words),
+    column("parameters", Json),
+    column("leaf", Words, nullable=True),
+    column("created", Double),
+    column("updated", Double),
 )
 
 MESSAGES = Table(
     "messages",
     METADATA,
-    _column("number", NUMBER, primary_key=True),
-    _column("id", Words),
-    _column("conversation", Words),
-    _column("parent", Words, nullable=True),
-    _column("role", Words),
-    _column("content", Words),
-    _column("tool_calls", Json),
-    _column("tool_call_id", Words, nullable=True),
-    _column("system", Words),
-    _column("model", Words),
-    _column("parameters", Json),
-    _column("prompt_tokens", Integer, nullable=True),
-    _column("completion_tokens", Integer, nullable=True),
-    _column("finish_reason", Words),
-    _column("state", Words),
-    _column("writer", Words),
-    _column("created", Double),
-    _column("updated", Double),
+    column("number", NUMBER, primary_key=True),
+    column("id", Words),
+    column("conversation", Words),
+    column("parent", Words, nullable=True),
+    column("role", Words),
+    column("content", Words),
+    column("tool_calls", Json),
+    column("tool_call_id", Words, nullable=True),
+    column("system", Words),
+    column("model", Words),
+    column("parameters", Json),
+    column("prompt_tokens", Integer, nullable=True),
+    column("completion_tokens", Integer, nullable=True),
+    column("finish_reason", Words),
+    column("state", Words),
+    column("writer", Words),
+    column("created", Double),
+    column("updated", Double),
 )
 
 JUDGEMENTS = Table(
     "judgements",
     METADATA,
-    _column("number", NUMBER, primary_key=True),
-    _column("id", Words),
-    _column("owner", Words),
-    _column("conversation", Words, nullable=True),
-    _column("kind", Words),
-    _column("prompt", Json),
-    _column("answers", Json),
-    _column("verdict", Json),
-    _column("reason", Words),
-    _column("consent", Boolean),
-    _column("created", Double),
+    column("number", NUMBER, primary_key=True),
+    column("id", Words),
+    column("owner", Words),
+    column("conversation", Words, nullable=True),
+    column("kind", Words),
+    column("prompt", Json),
+    column("answers", Json),
+    column("verdict", Json),
+    column("reason", Words),
+    column("consent", Boolean),
+    column("created", Double),
 )
 
 # -------------------------------------------------------------------------------- history
-
-SERIAL = {
-    "sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT",  # a number is never given twice
-    "postgresql": "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY",
-}
 
 FIRST_TABLES = (
     """CREATE TABLE keys (
@@ -179,4 +132,8 @@ def _search(connection: Connection) -> None:
     terms.create(connection)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_first_tables, _search)  # step n leads to version n
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    _first_tables,
+    _search,
+    label_tables,
+)  # step n leads to version n

@@ -16,8 +16,9 @@ from sqlalchemy import Connection, Row, Select, select, update
 
 from lyceum.corpus.records import Message, ToolCall
 from lyceum.errors import NotFound, StoreError
+from lyceum.serve.columns import storable
 from lyceum.serve.drafts import INTERRUPTED, LEASE_S
-from lyceum.serve.tables import CONVERSATIONS, MESSAGES, storable
+from lyceum.serve.tables import CONVERSATIONS, MESSAGES
 
 
 @dataclass(frozen=True)

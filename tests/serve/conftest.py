@@ -410,6 +410,7 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
     """A server with the chat page, whose models say what a script makes of what is said; `running.engines` are they."""
     pytest.importorskip("nh3", reason="needs the extra lyceum[serve]")
     pages, store_of = importlib.import_module("lyceum.serve.pages"), importlib.import_module("lyceum.serve.store").Store
+    labelling = importlib.import_module("lyceum.serve.label.routes").labelling
     opened: list[tuple[Running, Any]] = []
 
     def make(
@@ -421,7 +422,9 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
         served = [serve(name, e, tokenizer, lineage=lines.get(name, ())) for name, e in engines.items()]  # type: ignore[arg-type]
         service = Service(served)
         store = store_of.open(tmp_path / "store.sqlite")
-        app = make_app(service, porter=porter, routers=[pages.pages(service, store, about=about)])
+        app = make_app(
+            service, porter=porter, routers=[pages.pages(service, store, about=about), labelling(service, store)]
+        )
         running: Any = Running(service, app, service.limits)
         running.engines, running.store = engines, store
         opened.append((running, store))

@@ -16,9 +16,10 @@ from sqlalchemy import select, update
 from lyceum.corpus.records import ToolCall
 from lyceum.errors import NotFound, StoreError
 from lyceum.serve import drafts
+from lyceum.serve.columns import storable
 from lyceum.serve.database import Database
 from lyceum.serve.store import MAX_TITLE, Store
-from lyceum.serve.tables import CONVERSATIONS, MESSAGES, storable
+from lyceum.serve.tables import CONVERSATIONS, MESSAGES
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

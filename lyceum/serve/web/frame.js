@@ -7,7 +7,7 @@ import { dress, memory } from "./settings.js";
 import { language, speak, t } from "./words.js";
 
 // address and the key of its name in words.js; a page adds its row here
-const PAGES = [["./", "page_chat"]];
+const PAGES = [["./", "page_chat"], ["label", "page_label"]];
 const LOOKS = ["auto", "light", "dark"];
 
 /** Links to the pages; `here` is the address of this one. */

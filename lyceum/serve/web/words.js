@@ -4,6 +4,7 @@ const WORDS = {
   // [English, Chinese]
   pages: ["Pages", "页面"],
   page_chat: ["Chat", "对话"],
+  page_label: ["Labelling", "标注"],
   new_chat: ["New chat", "新对话"],
   search: ["Search chats", "搜索对话"],
   nothing_found: ["Nothing found", "没有找到"],
