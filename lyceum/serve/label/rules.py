@@ -49,7 +49,7 @@ class Rules:
 
     answers: to one prompt, which are ranked together; written: of these by people, the others are drawn from the models.
     turns: of the user in one conversation. reviews, accept: people who label a text that somebody wrote, and the score above
-    which it is accepted. rankings: people who rank the same answers. minutes: until a task is handed to somebody else. gold_share:
+    which it is accepted. rankings: people who rank the same answers. minutes: until a task goes to somebody else. gold_share:
     of tasks whose answer is known. trees: unfinished ones, up to which new prompts are asked for. languages: in which. models,
     temperature, max_tokens: how answers are drawn; no model named: all that are served.
     """

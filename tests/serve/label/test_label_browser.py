@@ -144,7 +144,7 @@ def test_who_comes_first_says_who_they_are_what_they_like_and_that_it_may_be_lea
 
 @pytest.mark.parametrize(("language", "width"), [("en", 1280), ("zh", 390)])
 def test_every_kind_of_task_by_keyboard_alone(page: Make, visit: Make, language: str, width: int) -> None:
-    server = serve(page, turns=3)
+    server = serve(page, turns=3, trees=1000)
     bring(server, "What is a noun?")
     locale, scheme = ("en-GB", "light") if language == "en" else ("zh-CN", "dark")
 
@@ -205,6 +205,12 @@ def test_every_kind_of_task_by_keyboard_alone(page: Make, visit: Make, language:
     tab_to(tab, ".under .primary")
     tab.keyboard.press("Enter")
     expect(tab.locator(".rest")).to_be_visible()
+    rows = [
+        {"prompt": f"About {use}?", "meta": {"use": use, "language": code}}
+        for use in server.ask("GET", "/api/label").json["uses"]
+        for code in ("en", "zh")
+    ]
+    server.post("/api/label/import", {"rows": rows, "as": "conversations"})
     tab = visit(server, "prompt", locale=locale, width=width, scheme=scheme)
     seen = set()
     while len(seen) < 3:
@@ -215,23 +221,16 @@ def test_every_kind_of_task_by_keyboard_alone(page: Make, visit: Make, language:
         shot(tab, f"label-prompt-{kind}-{language}-{width}")
         for field in range(tab.locator(".of-prompt textarea").count()):
             if field:
-                tab_to(tab, f".of-prompt textarea[name={tab.locator('.of-prompt textarea').nth(field).get_attribute('name')}]")
+                tab_to(
+                    tab,
+                    f".of-prompt textarea[name={tab.locator('.of-prompt textarea').nth(field).get_attribute('name')}]",
+                )
             tab.keyboard.type(f"text {field}")
         before = tasks(server, "prompt")
         tab.keyboard.press("Control+Enter")
-        for _ in range(200):
-            if tasks(server, "prompt") > before:
-                break
-            tab.wait_for_timeout(20)
+        expect(tab.locator(".of-prompt textarea").first).to_have_value("")  # the next one
+        assert tasks(server, "prompt") == before + 1
         seen.add(kind)
-        server.post("/api/label/rules", {"trees": 1000})
-        if kind == "plain" and "after_user" not in seen:
-            for use in server.ask("GET", "/api/label").json["uses"]:
-                rows = [{"prompt": f"About {use}?", "meta": {"use": use}}]
-                server.post("/api/label/import", {"rows": rows, "as": "conversations"})
-                zh = [{**rows[0], "meta": {"use": use, "language": "zh"}}]
-                server.post("/api/label/import", {"rows": zh, "as": "conversations"})
-        expect(tab.locator(".of-prompt textarea").first).to_have_value("")
         assert before < 60, f"only {seen}"
 
 
@@ -240,7 +239,7 @@ def test_ranking_with_ties_scores_flags_drag_and_none_acceptable(page: Make, vis
     bring(server, "What is a noun?", answers=ANSWERS)
     tab = visit(server, "rank")
     cards = tab.locator(".ranks > li")
-    names = lambda: [card.locator("strong").inner_text() for card in cards.all()]  # noqa: E731
+    names = lambda: [card.locator(".head strong").inner_text() for card in cards.all()]  # noqa: E731
     assert names() == ["Answer A", "Answer B", "Answer C", "Answer D"]
     tab.keyboard.press("Alt+ArrowDown")
     tab.keyboard.press("7")
@@ -266,7 +265,7 @@ def test_ranking_with_ties_scores_flags_drag_and_none_acceptable(page: Make, vis
     tab.mouse.up()
     assert names() == ["Answer B", "Answer A", "Answer D", "Answer C"]
     tab.locator(".none input").check()
-    texts = [card.locator(".prose").inner_text() for card in cards.all()]
+    texts = [card.locator(".cut").inner_text() for card in cards.all()]
     tab.locator(".under .primary").click()
     expect(tab.locator(".rest")).to_be_visible()
     (one,) = read(server.store.database.place).rankings
