@@ -208,7 +208,7 @@ def test_our_own_formats_are_read_back_whole(told: Path, tmp_path: Path, alice: 
 
 
 def test_every_format_is_of_a_kind_of_record_and_writes_something(told: Path, tmp_path: Path) -> None:
-    for format in FORMATS:
+    for format in FORMATS.keys() - {"labels"}:  # of the labelling page: tests/serve/label
         assert export(told, tmp_path / "out.jsonl", format, held_out=0).num_rows > 0
 
 

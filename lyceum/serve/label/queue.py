@@ -176,8 +176,8 @@ class Labels:
             values: dict[str, Any] = {"state": "done", "result": found, "consent": consent, "finished": now}
             if mine.kind == "prompt":
                 values["tree"] = self.plant(connection, found["use"], mine.about["language"], source="written")
-                parts = {name: found[name] for name in ("instruction", "examples", "input") if name in found}
-                parameters = {"variant": mine.about["variant"], **parts}
+                parameters: dict[str, Any] = {"variant": mine.about["variant"]}
+                parameters |= {name: found[name] for name in ("instruction", "examples", "input") if name in found}
                 node = {"content": found["text"], "author": labeller, "consent": consent, "parameters": parameters}
                 values["node"] = self.add(connection, values["tree"], None, "user", **node)
             elif mine.kind in ("answer", "user"):
