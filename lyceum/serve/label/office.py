@@ -128,9 +128,7 @@ class Office:
         if not connection.execute(update(SETTINGS).where(SETTINGS.c.name == name).values(row)).rowcount:
             connection.execute(insert(SETTINGS).values(name=name, **row))
 
-    def bring(
-        self, rows: Sequence[Mapping[str, Any]], as_what: str, *, use: str = "other", language: str = "en"
-    ) -> int:
+    def bring(self, rows: Sequence[Any], as_what: str, *, use: str = "other", language: str = "en") -> int:
         """Put rows into the queue, all or none; returns how many trees they became.
 
         Raises:
