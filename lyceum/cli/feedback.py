@@ -29,14 +29,14 @@ def reader() -> ModuleType:
     return feedback
 
 
-def export(place: str, to: str, format: str, held_out: float) -> str:
+def export(place: str, to: str, format: str, held_out: float, voices: str) -> str:
     """Write the feedback of a run or a store; returns what was done, for a person.
 
     Raises:
         UsageError: the packages of the service are not installed; whatever `lyceum.serve.feedback.export` raises.
     """
     feedback = reader()
-    done = feedback.export(place, to, format, held_out=held_out)
+    done = feedback.export(place, to, format, held_out=held_out, voices=voices)
     lines = [f"{done.num_judgements} judgements, {done.num_records} {feedback.FORMATS[format].of}"]
     lines.append(f"{done.path}: {done.num_rows} rows")
     if done.held_out_path is not None:

@@ -27,7 +27,7 @@ from lyceum.corpus.rows import json_line
 from lyceum.errors import DataError, UsageError
 from lyceum.run import Work
 
-VERSION = 1
+VERSION = 2  # 2: what came of the labelling page is read, too
 PARTS = ("train", "valid")
 LEAST_HELD_OUT = 5  # prompts: an interval over fewer says nothing
 
@@ -39,12 +39,17 @@ class JudgementsConfig:
     store: str = setting("", "a run's folder, a store's file, or its address")
     held_out: float = setting(0.3, "share of the prompts kept to judge by", low=0.0, high=0.9)
     least: int = setting(40, "prompts with a ranking that it takes; fewer are an error", low=2)
+    voices: str = setting(
+        "consensus", "of several who ranked the same answers on the labelling page", choices=("consensus", "each")
+    )
 
 
 def of_thumbs(ratings: Iterable[Rating]) -> list[Ranking]:
     """Rankings of answers to one prompt, told apart by the thumbs that one person gave them."""
     groups: dict[str, list[Rating]] = {}
     for rating in ratings:
+        if rating.meta.get("kind") == "label_score":
+            continue  # who gave scores on the labelling page ranked the same answers too
         groups.setdefault(json_line([rating.meta.get("annotator"), rating.prompt.to_json()]), []).append(rating)
     found = []
     for group in groups.values():
@@ -85,15 +90,15 @@ class Gathered:
         return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:32]
 
 
-def gather(store: str, held_out: float) -> Gathered:
-    """Read a store; a share of the prompts is held out.
+def gather(store: str, held_out: float, voices: str = "consensus") -> Gathered:
+    """Read a store; a share of the prompts is held out. voices: as in JudgementsConfig.
 
     Raises:
         UsageError: the packages of the service are not installed.
         StoreError: no store is there.
     """
     feedback = reader()
-    found = feedback.read(store)
+    found = feedback.read(store, voices=voices)
     rankings: dict[str, list[Ranking]] = {part: [] for part in PARTS}
     for ranking in [*found.rankings, *of_thumbs(found.ratings)]:
         rankings[PARTS[feedback.is_held_out(ranking.prompt, held_out)]].append(ranking)
@@ -112,7 +117,7 @@ def run(config: JudgementsConfig, work: Work) -> dict:
     """
     if not config.store:
         raise UsageError("[judgements] names no store", hint='store = "runs/demo", or --set judgements.store=runs/demo')
-    found = gather(config.store, config.held_out)
+    found = gather(config.store, config.held_out, config.voices)
     numbers = {part: len({asked(ranking) for ranking in rows}) for part, rows in found.rankings.items()}
     _check(config, sum(numbers.values()), numbers["valid"], found.num_judgements, found.left_out)
     for part, rows in found.rankings.items():

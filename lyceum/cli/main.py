@@ -119,9 +119,14 @@ def make_parser() -> Parser:
     export.add_argument(
         "--format",
         default="rankings",
-        help="rankings (default), ratings, conversations, presses: ours; trl, hh: pairs; kto: thumbs; messages, sharegpt: edits",
+        help="ours: rankings (default), ratings, conversations, labels, presses; trl, hh: pairs; kto: thumbs; messages, sharegpt",
     )
     export.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the prompts (default 0.1)")
+    export.add_argument(
+        "--voices",
+        default="consensus",
+        help="of several who ranked the same answers on the labelling page: consensus (default), or each one",
+    )
     export.set_defaults(do=_feedback_export)
     _keys_options(_verb(verbs, "keys", "who may ask a server: make keys, list, rename and revoke them"))
     arena = _verb(verbs, "arena", "rate models by the blind votes of people on pairs of answers")
@@ -230,7 +235,7 @@ def _keys_options(parser: Parser) -> None:
                 "--scope",
                 action="append",
                 default=[],
-                help="models, inference, metrics, training, runs; may be repeated (default: the first two)",
+                help="models, inference, metrics, training, runs, admin; may be repeated (default: the first two)",
             )
             verb.add_argument("--days", type=float, default=0.0, help="for how long it is good (default: for ever)")
             verb.add_argument("--owner", default="", help="whose chats it opens (default: its own)")
@@ -348,7 +353,7 @@ def _export(args: argparse.Namespace) -> None:
 def _feedback_export(args: argparse.Namespace) -> None:
     from lyceum.cli import feedback
 
-    print(feedback.export(args.path, args.to, args.format, args.held_out))
+    print(feedback.export(args.path, args.to, args.format, args.held_out, args.voices))
 
 
 def _arena(args: argparse.Namespace) -> None:

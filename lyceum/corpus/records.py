@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lyceum.corpus.rows import json_line, read_rows
 from lyceum.errors import DataError
@@ -103,14 +103,9 @@ class Message:
     @classmethod
     def from_json(cls, row: Row) -> Message:
         calls = tuple(ToolCall.from_json(call, number) for number, call in enumerate(row.get("tool_calls") or ()))
-        weight = row.get("weight")
-        return cls(
-            _role(_get(row, "role")),
-            _plain_content(row.get("content")),
-            calls,
-            row.get("tool_call_id"),
-            None if weight is None else float(weight),
-        )
+        weight = None if row.get("weight") is None else float(row["weight"])
+        content = _plain_content(row.get("content"))
+        return cls(_role(_get(row, "role")), content, calls, row.get("tool_call_id"), weight)
 
 
 @dataclass(frozen=True)
@@ -206,17 +201,9 @@ class Rating:
 
     @classmethod
     def from_json(cls, row: Row) -> Rating:
-        return cls(
-            Conversation.from_json(_get(row, "prompt")),
-            Message.from_json(_get(row, "response")),
-            float(_get(row, "value")),
-            str(row.get("reason", "")),
-            str(row.get("origin", "human")),
-            dict(row.get("meta") or {}),
-        )
-
-
-Record = TypeVar("Record", Document, Conversation, Ranking, Rating)
+        prompt, response = Conversation.from_json(_get(row, "prompt")), Message.from_json(_get(row, "response"))
+        reason, origin = str(row.get("reason", "")), str(row.get("origin", "human"))
+        return cls(prompt, response, float(_get(row, "value")), reason, origin, dict(row.get("meta") or {}))
 
 
 # ---------------------------------------------------------------------------------------------- formats, by their keys
@@ -400,52 +387,62 @@ def _tree_rankings(node: Row, before: tuple[Message, ...], tree: str) -> Iterato
 # ------------------------------------------------------------------------------------------------ reading and writing
 
 
-def _read(
-    path: str | Path, noun: str, convert: Callable[[Any], list[Record]], formats: tuple[str, ...]
-) -> Iterator[Record]:
+def records_of(row: Any, noun: str) -> list[Any]:
+    """What one row holds, in any format that the reader of this noun knows (ranking: `read_rankings`). Raises ValueError."""
+    convert, formats = _NOUNS[noun]
+    kind = format_of(row)
+    if kind in formats:
+        try:
+            return convert(row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"a {kind!r} row that does not fit: {error}") from None
+    if kind:
+        raise ValueError(f"{kind!r} rows are no {noun}s")
+    keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    raise ValueError(f"a row that fits no known format, with: {keys or 'no keys'}")
+
+
+def _read(path: str | Path, noun: str) -> Iterator[Any]:
     seen: set[str] = set()
     for line, row in read_rows(path):
-        kind = format_of(row)
-        if kind not in formats:
-            keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-            what = (
-                f"{kind!r} rows are no {noun}s"
-                if kind
-                else f"a row that fits no known format, with: {keys or 'no keys'}"
-            )
-            raise DataError(what, file=path, line=line, hint=f"a {noun} may be: {', '.join(formats)}")
-        if kind not in seen:
+        try:
+            records = records_of(row, noun)
+        except ValueError as error:
+            hint = f"a {noun} may be: {', '.join(_NOUNS[noun][1])}"
+            raise DataError(str(error), file=path, line=line, hint=hint) from None
+        if (kind := format_of(row)) not in seen:
             seen.add(kind)
             log.info(f"{Path(path).name}: {kind} -> {noun}s")
-        try:
-            records = convert(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            hint = f"a {noun} may be: {', '.join(formats)}"
-            raise DataError(f"a {kind!r} row that does not fit: {error}", file=path, line=line, hint=hint) from None
         yield from records
 
 
 _CHATS = ("messages", "ShareGPT", "Alpaca", "prompt and completion", "prompt only", "message tree", "plain text")
+_NOUNS: Mapping[str, tuple[Callable[[Any], list[Any]], tuple[str, ...]]] = {
+    "document": (_document, ("text", "plain text")),
+    "conversation": (_conversation, _CHATS),
+    "ranking": (_ranking, ("ranking", "chosen/rejected", "message tree")),
+    "rating": (_rating, ("rating", "KTO label")),
+}
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:
     """Documents of one file: plain text (one document), or rows with a `text`. Raises DataError (file, line)."""
-    return _read(path, "document", _document, ("text", "plain text"))
+    return _read(path, "document")
 
 
 def read_conversations(path: str | Path) -> Iterator[Conversation]:
     """Conversations of one file in any chat format; a bare string is a prompt. Raises DataError (file, line)."""
-    return _read(path, "conversation", _conversation, _CHATS)
+    return _read(path, "conversation")
 
 
 def read_rankings(path: str | Path) -> Iterator[Ranking]:
     """Rankings of one file: our own, chosen/rejected pairs, or OASST message trees. Raises DataError (file, line)."""
-    return _read(path, "ranking", _ranking, ("ranking", "chosen/rejected", "message tree"))
+    return _read(path, "ranking")
 
 
 def read_ratings(path: str | Path) -> Iterator[Rating]:
     """Ratings of one file: our own, or KTO labels (value 1 for true, 0 for false). Raises DataError (file, line)."""
-    return _read(path, "rating", _rating, ("rating", "KTO label"))
+    return _read(path, "rating")
 
 
 def write_records(path: str | Path, records: Iterable[Any]) -> int:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from lyceum.batches.pairs import EncodedRanking
 from lyceum.corpus.records import content_id
 from lyceum.corpus.rows import json_line
+from lyceum.evals.metrics import Shares, decided, interval
 from lyceum.model.ensemble import Ensemble
 from lyceum.run import write_lines
 
@@ -105,11 +106,6 @@ def read_scored(path: Path) -> dict[str, list[Scored]]:
 # ---------------------------------------------------------------- pairs
 
 
-def decided(ranks: Sequence[float]) -> list[tuple[int, int]]:
-    """(better, worse) of every pair that the ranks decide; ties make none."""
-    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-
-
 def differences(values: Sequence[float], ranks: Sequence[float]) -> list[float]:
     """values[better] - values[worse] for every pair that the ranks decide."""
     return [values[i] - values[j] for i, j in decided(ranks)]
@@ -153,28 +149,11 @@ def _opinion(one: Scored, i: int, j: int, votes: Mapping[tuple[str, str], int]) 
 
 # ---------------------------------------------------------------- shares and their intervals
 
-Shares = tuple[NDArray[np.float64], NDArray[np.float64]]  # of each prompt: pairs that are right, pairs
-
 
 def counted(by_prompt: Sequence[Sequence[float]]) -> Shares:
     """Of each prompt the pairs with a positive difference (an exact 0 counts half), and all."""
     right = [float(sum((d > 0) + 0.5 * (d == 0) for d in ds)) for ds in by_prompt]
     return np.array(right), np.array([float(len(ds)) for ds in by_prompt])
-
-
-def interval(shares: Shares, other: Shares | None = None, *, samples: int = 1000) -> tuple[float, float, float]:
-    """Share of right pairs, less that of another judge of the same pairs if one is given, with its bootstrap interval.
-
-    Returns:
-        (share, low, high); NaN without any pair.
-    """
-    (right, pairs), wrong = shares, other[0] if other is not None else np.zeros_like(shares[0])
-    if pairs.sum() == 0:
-        return (float("nan"),) * 3
-    draws = np.random.default_rng(0).integers(0, len(pairs), (samples, len(pairs)))
-    drawn = (right - wrong)[draws].sum(1) / np.maximum(pairs[draws].sum(1), 1.0)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float((right - wrong).sum() / pairs.sum()), float(low), float(high)
 
 
 def accuracy(by_prompt: Sequence[Sequence[float]]) -> tuple[float, float, float]:

@@ -29,9 +29,9 @@ from lyceum.corpus.records import read_rankings
 from lyceum.engine.engine import Engine
 from lyceum.engine.sampling import mix_seed
 from lyceum.errors import CheckpointError, RunError
-from lyceum.evals.agreement import accuracy, counted, decided, differences, interval
+from lyceum.evals.agreement import accuracy, counted, differences
 from lyceum.evals.answers import Judge, Written, write_answers
-from lyceum.evals.metrics import mean_interval
+from lyceum.evals.metrics import decided, interval, mean_interval
 from lyceum.model.checkpoint import Loaded, load_checkpoint
 from lyceum.model.transformer import Decoder
 from lyceum.run import Work, checkpoint_in, read_state

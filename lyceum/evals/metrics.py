@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+Shares = tuple[NDArray[np.float64], NDArray[np.float64]]  # of each prompt: pairs that are right, pairs
 
 _WORD = re.compile(r"[A-Za-z0-9_]+")
 
@@ -68,6 +71,26 @@ def seeds_interval(
         means[i] = table[np.ix_(runs, columns)].mean()
     low, high = np.quantile(means, [0.025, 0.975])
     return float(table.mean()), float(low), float(high)
+
+
+def decided(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse) of every pair that the ranks decide; ties make none."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+
+
+def interval(shares: Shares, other: Shares | None = None, *, samples: int = 1000) -> tuple[float, float, float]:
+    """Share of right pairs, less that of another judge of the same pairs if one is given, with its bootstrap interval.
+
+    Returns:
+        (share, low, high); NaN without any pair.
+    """
+    (right, pairs), wrong = shares, other[0] if other is not None else np.zeros_like(shares[0])
+    if pairs.sum() == 0:
+        return (float("nan"),) * 3
+    draws = np.random.default_rng(0).integers(0, len(pairs), (samples, len(pairs)))
+    drawn = (right - wrong)[draws].sum(1) / np.maximum(pairs[draws].sum(1), 1.0)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float((right - wrong).sum() / pairs.sum()), float(low), float(high)
 
 
 def best_of_n_kl(n: int) -> float:

@@ -12,6 +12,9 @@
 | a comparison that says "none" | a rating of 0 for each of its answers |
 | keys pressed while an answer was shown | a watched reply: its pieces with their times, and the presses |
 
+What people wrote, ranked and labelled on the labelling page joins them (`lyceum.serve.label.harvest`): of several who ranked the
+same answers their consensus, or each one's ranking.
+
 Left out, and counted by reason: what was given without consent; what the same person said again later of the same answers
 (`superseded`: the last one counts) or said twice in the same words of equal texts (`repeated`); what orders nothing
 (`all_ties`), or only texts that are the same (`equal_texts`); answers to nothing (`no_prompt`); what a format cannot say.
@@ -41,6 +44,8 @@ from lyceum.errors import DataError, UsageError, did_you_mean
 from lyceum.run import write_lines
 from lyceum.serve.database import Database
 from lyceum.serve.judgements import Answer, Judgement, Judgements
+from lyceum.serve.label.harvest import CONSENSUS, VOICES, gather
+from lyceum.serve.label.queue import Labels
 
 Record = Ranking | Rating | Conversation | Watched
 
@@ -53,6 +58,7 @@ class Harvest:
     ratings: list[Rating] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
     watched: list[Watched] = field(default_factory=list)
+    labels: list[Conversation] = field(default_factory=list)
     num_judgements: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -82,18 +88,29 @@ def harvest(judgements: Iterable[Judgement]) -> Harvest:
     return found
 
 
-def read(place: str | Path) -> Harvest:
-    """All judgements of a store, as records.
+def read(place: str | Path, *, voices: str = CONSENSUS) -> Harvest:
+    """All judgements of a store, as records: those of the pages where people talk, then those of the labelling page.
 
     Args:
         place: a run's folder, a store's file, or a URL.
+        voices: of several who ranked the same answers the "consensus", or "each" one.
 
     Raises:
         StoreError: no store is there.
+        UsageError: there are no such voices.
     """
+    if voices not in VOICES:
+        raise UsageError(f"there are no voices {voices!r}", hint=did_you_mean(voices, VOICES))
     database = Database.open(place, must_exist=True)
     try:
-        return harvest(Judgements(database).everybodys())
+        found, labelled = harvest(Judgements(database).everybodys()), gather(Labels(database), voices)
+        found.rankings += labelled.rankings
+        found.ratings += labelled.ratings
+        found.conversations += labelled.conversations
+        found.labels += labelled.labels
+        found.num_judgements += labelled.num
+        found.left_out += labelled.left_out
+        return found
     finally:
         database.close()
 
@@ -258,6 +275,7 @@ FORMATS: Mapping[str, Format] = {
     "messages": Format("conversations", _messages, "corrections as OpenAI's fine-tuning rows"),
     "presses": Format("watched", _own, "replies as they were shown, with the keys pressed: for [tamer]"),
     "sharegpt": Format("conversations", _sharegpt, "corrections as ShareGPT's turns"),
+    "labels": Format("labels", _own, "what was labelled, with the shares of those who said so in its meta"),
 }
 
 
@@ -277,7 +295,9 @@ class Export:
     left_out: dict[str, int]
 
 
-def export(place: str | Path, to: str | Path, format: str = "rankings", *, held_out: float = 0.1) -> Export:
+def export(
+    place: str | Path, to: str | Path, format: str = "rankings", *, held_out: float = 0.1, voices: str = CONSENSUS
+) -> Export:
     """Write a store's feedback as a file of rows, and the held-out share beside it.
 
     Args:
@@ -285,9 +305,10 @@ def export(place: str | Path, to: str | Path, format: str = "rankings", *, held_
         to: the file; the held-out rows go into one of the same name with ``-held-out``.
         format: one of FORMATS.
         held_out: the share of prompts that is held out, from 0 to below 1.
+        voices: as for `read`.
 
     Raises:
-        UsageError: no such format, or no such share.
+        UsageError: no such format, share, or voices.
         StoreError: no store is there.
         DataError: there is nothing to write in this format; no file is made.
     """
@@ -296,7 +317,7 @@ def export(place: str | Path, to: str | Path, format: str = "rankings", *, held_
     path = Path(to)
     if path.suffix != ".jsonl" or not 0 <= held_out < 1:
         raise UsageError(f"cannot hold out {held_out} of {path}", hint="--to FILE.jsonl, --held-out from 0 to below 1")
-    found = read(place)
+    found = read(place, voices=voices)
     records: list[Record] = list(getattr(found, FORMATS[format].of))
     sides: tuple[list[str], list[str]] = ([], [])
     left_out = Counter(found.left_out)

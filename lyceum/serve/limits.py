@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 from lyceum.serve.refusals import Refusal
 
-# list models and cut text; make text, and keep files; read the server's numbers; train models; watch runs
-SCOPES = ("models", "inference", "metrics", "training", "runs")
+# list models and cut text; make text, and keep files; read the server's numbers; train models; watch runs; run the labelling
+SCOPES = ("models", "inference", "metrics", "training", "runs", "admin")
 MIN_KEY = 32  # characters of a key that somebody chose, where the address is public
 
 

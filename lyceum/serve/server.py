@@ -31,6 +31,7 @@ from lyceum.serve.batch.routes import batches
 from lyceum.serve.batch.work import Work
 from lyceum.serve.files.kept import Files
 from lyceum.serve.files.routes import file_routes
+from lyceum.serve.label.routes import labelling
 from lyceum.serve.limits import MIN_KEY, Limits
 from lyceum.serve.models import Served, load
 from lyceum.serve.offers import Offers
@@ -137,7 +138,7 @@ def serve(models: Mapping[str, Path | str], config: ServerConfig) -> None:
             work = Work(service, store.batches, files, desk)
             about, is_own, stops = config.about, not porter.asks, [desk.stop_all, work.stop_all]
             routers.append(pages(service, store, about=about, is_own_machine=is_own, stops=stops, forget=forget))
-            routers += [responses(desk), batches(work), *more, runs_routes(config.shelf)]
+            routers += [responses(desk), batches(work), *more, runs_routes(config.shelf), labelling(service, store)]
         app = make_app(service, porter=porter, hosts=hosts, origins=config.allow_origin, routers=routers)
         port = listening.getsockname()[1]
         scheme = "https" if config.certificate else "http"

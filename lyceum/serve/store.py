@@ -41,6 +41,7 @@ from lyceum.serve.database import Database
 from lyceum.serve.drafts import LEASE_S, SAVE_EVERY_S, Draft, Saver, settle
 from lyceum.serve.judgements import Judgements
 from lyceum.serve.keys import Keys
+from lyceum.serve.label.office import forget as forget_labels
 from lyceum.serve.responses.kept import Responses
 from lyceum.serve.responses.tables import RESPONSES
 from lyceum.serve.tables import CONVERSATIONS, JUDGEMENTS, MESSAGES, STATES
@@ -221,7 +222,7 @@ class Store:
             connection.execute(delete(CONVERSATIONS).where(CONVERSATIONS.c.number == number))
 
     def forget(self, owner: str) -> int:
-        """Delete all that is an owner's, really: conversations, messages, judgements, responses; returns how many conversations.
+        """Delete all that is an owner's, really: conversations, messages, judgements, responses, labels; returns how many chats.
 
         Its keys stay. The files are scrubbed too (`Database.scrub`), which takes seconds where there is much.
         """
@@ -236,6 +237,7 @@ class Store:
             gone = delete(CONVERSATIONS).where(CONVERSATIONS.c.owner == owner).returning(CONVERSATIONS.c.number)
             conversations = connection.execute(gone).scalars().all()
             terms.remove(connection, "conversations", conversations)
+            forget_labels(connection, owner)
         self.database.scrub()
         return len(conversations)
 

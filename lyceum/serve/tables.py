@@ -27,6 +27,7 @@ from lyceum.serve.arena.tables import arena_tables
 from lyceum.serve.batch.tables import batch_tables
 from lyceum.serve.columns import METADATA, NUMBER, SERIAL, Json, Words, column
 from lyceum.serve.files.tables import file_tables
+from lyceum.serve.label.tables import label_tables
 from lyceum.serve.responses.tables import response_tables
 from lyceum.serve.tuning.tables import job_tables
 
@@ -148,4 +149,5 @@ MIGRATIONS: tuple[Callable[[Connection], None], ...] = (  # step n leads to vers
     response_tables,
     batch_tables,
     arena_tables,
+    label_tables,
 )

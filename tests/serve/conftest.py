@@ -415,6 +415,7 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
     pages, store_of = importlib.import_module("lyceum.serve.pages"), importlib.import_module("lyceum.serve.store").Store
     runs_routes = importlib.import_module("lyceum.serve.runs").runs_routes
     teaching = importlib.import_module("lyceum.serve.teaching").Teaching
+    labelling = importlib.import_module("lyceum.serve.label.routes").labelling
     opened: list[tuple[Running, Any]] = []
 
     def make(
@@ -429,7 +430,11 @@ def page(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Running
         service = Service(served)
         store = store_of.open(tmp_path / "store.sqlite")
         taught = teaching(service, store)
-        routers = [pages.pages(service, store, about=about, teaching=taught), runs_routes(shelf)]
+        routers = [
+            pages.pages(service, store, about=about, teaching=taught),
+            runs_routes(shelf),
+            labelling(service, store),
+        ]
         app = make_app(service, porter=porter, routers=routers)
         running: Any = Running(service, app, service.limits)
         running.engines, running.store = engines, store

@@ -100,6 +100,7 @@ def test_both_languages_have_every_text() -> None:
     assert not used - set(table), "texts that are missing"
     named = set(re.findall(r'"(\w+)"', code))
     begun = tuple(re.findall(r"\bt\(`(\w+_)\$\{", code))  # such as t(`kind_${name}`)
+    begun += tuple(f"{name}_" for name in re.findall(r'chips\([^"]+"(\w+)"', code))
     shown = used | named | {name for name in table if name.startswith(begun)}
     assert not set(table) - shown, "texts that nobody shows"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lyceum.serve.keys import Key, Keys, hash_of
-from lyceum.serve.limits import EVERYBODY, Caller
+from lyceum.serve.limits import EVERYBODY, SCOPES, Caller
 from lyceum.serve.porter import REREAD_S, Porter
 from lyceum.serve.refusals import Refusal
 from lyceum.serve.store import Store
@@ -42,7 +42,7 @@ def test_a_caller_is_the_owner_of_the_key(store: Store) -> None:
     porter = Porter(store.keys.all, api_key="x" * 40)
     assert bearer(porter, first) == Caller(key.owner, frozenset({"models"}))
     assert bearer(porter, second) == Caller(key.owner, frozenset({"models", "inference"}))
-    assert bearer(porter, "x" * 40).scopes == {"models", "inference", "metrics", "training", "runs"}
+    assert bearer(porter, "x" * 40).scopes == set(SCOPES)
     assert code(porter, f"Bearer {first}x") == "invalid_api_key"
 
 

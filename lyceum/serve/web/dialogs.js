@@ -53,7 +53,8 @@ export function menu(button, entries) {
   list.firstChild.focus();
 }
 
-function dialog(title, content, { isForced = false, kind = "" } = {}) {
+/** A dialog with a title; the caller closes it. */
+export function dialog(title, content, { isForced = false, kind = "" } = {}) {
   const before = document.activeElement;
   const name = `dialog-${Date.now()}`;
   const element = h("dialog", { class: `dialog ${kind}`, "aria-labelledby": name },

@@ -8,7 +8,8 @@ import { language, speak, t } from "./words.js";
 
 // address and the key of its name in words.js; a page adds its row here
 const PAGES = [
-  ["./", "page_chat"], ["arena", "page_arena"], ["playground", "page_playground"], ["inside", "page_inside"], ["runs", "page_runs"],
+  ["./", "page_chat"], ["arena", "page_arena"], ["label", "page_label"], ["playground", "page_playground"], ["inside", "page_inside"],
+  ["runs", "page_runs"],
 ];
 const LOOKS = ["auto", "light", "dark"];
 

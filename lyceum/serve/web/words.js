@@ -9,6 +9,7 @@ const WORDS = {
   page_playground: ["Playground", "试验场"],
   page_inside: ["Inside", "模型内部"],
   token_space: ["space", "空格"],
+  page_label: ["Labelling", "标注"],
   new_chat: ["New chat", "新对话"],
   search: ["Search chats", "搜索对话"],
   nothing_found: ["Nothing found", "没有找到"],
