@@ -130,7 +130,7 @@ def clean_accuracy(rankings: list[EncodedRanking], folder: Path, seed: int, epoc
 def test_the_dashboard_finds_the_careless_and_consensus_beats_raw_labels(tmp_path: Path) -> None:
     """As many rankings to learn from each time: the consensus on each set of answers, or what one of its five rankers said.
 
-    All five of them, five times as many rows, are no worse than the consensus here: noise by lot averages out in the model, too.
+    All five of them, five times as many rows, are no worse than the consensus: noise by lot averages out in the model, too.
     """
     found: dict[str, list[float]] = {"consensus": [], "one": [], "all": [], "control": []}
     for seed in SEEDS:
@@ -154,4 +154,4 @@ def test_the_dashboard_finds_the_careless_and_consensus_beats_raw_labels(tmp_pat
     means = {name: round(float(np.mean(values)), 3) for name, values in found.items()}
     gains = [ours - theirs for ours, theirs in zip(found["consensus"], found["one"], strict=True)]
     assert min(gains) > 0.02 and means["consensus"] > 0.9, found
-    assert 0.35 < means["control"] < 0.65 and means["all"] > means["one"], found
+    assert 0.35 < means["control"] < 0.65 and means["all"] > means["consensus"] - 0.02, found
