@@ -104,7 +104,7 @@ class Cache:
 
     def move(self, into: list[int], out_of: list[int], num_tokens: int) -> None:
         """Copy the first num_tokens of whole slots, all at once: sources are read before any slot is written."""
-        self._make_room(max(into) + 1, num_tokens)
+        self._make_room(max(*into, *out_of) + 1, num_tokens)
         for memory in self._layers.values():
             memory[:, into, :, :num_tokens] = memory[:, out_of, :, :num_tokens]
 
@@ -145,7 +145,7 @@ class Cache:
             _, _, num_heads, head_width = like_N2KE.shape
             self._layers[layer] = like_N2KE.new_zeros((2, 1, num_heads, FIRST_TOKENS, head_width))
             self._room = (0, 0)
-            self._make_room(num_rows, num_tokens)
+            self._make_room(max(num_rows, self._reserved[0]), max(num_tokens, self._reserved[1]))
         return self._layers[layer]
 
     def views(self, layer: int, first: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

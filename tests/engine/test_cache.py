@@ -108,6 +108,15 @@ def test_fork_and_move_copy_slots() -> None:
     assert [seen(append(cache.window([3], first=row), [0])[0]) for row in (0, 1)] == [[[4, 5, 6, 0]], [[1, 2, 3, 0]]]
 
 
+def test_whoever_runs_has_a_slot_before_all_have_passed() -> None:
+    cache = Cache(64, CPU)
+    cache.reserve(40, 3)
+    filled(cache, [1, 2, 3], [4, 5, 6])  # a first pass of two
+    cache.move([1, 2], [39, 1], 3)  # one has left: who has read goes there, and who has not into its place
+    assert seen(append(cache.window([3], first=2), [0])[0]) == [[4, 5, 6, 0]]
+    cache.move([3], [50], 3)
+
+
 # -- the shelf ---------------------------------------------------------------------------------------------------------
 
 

@@ -196,7 +196,7 @@ def test_a_batch_that_is_cancelled_keeps_what_is_done(keep: Make, chain: Make, e
 def test_what_is_left_when_the_time_is_over_says_so(
     keep: Make, chain: Make, endless: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "WINDOW_S", 1)
+    monkeypatch.setattr(routes, "WINDOW_S", 3)
     server = keep(m=chain("ab"), endless=endless)
     client = server.openai(ALICE)
     rows = [row("done")] + [row(n, {**BODY, "model": "endless"}) for n in range(10)]

@@ -43,7 +43,7 @@ export async function showBoard(place) {
     rows.length ? h("p", { class: "hint" }, t("as_shown_hint")) : null,
     told ? h("p", {}, told) : null,
     alphas.length ? h("p", {}, `${t("alpha_hint")}: `, alphas.map(([name, value]) => `${name} ${number(value, 2)}`).join(" · ")) : null,
-    h("ul", { class: "states" }, Object.entries(found.states).map(([name, num]) => h("li", {}, h("b", {}, number(num)), ` ${t(`state_${name}`)}`)), found.gold ? h("li", {}, h("b", {}, number(found.gold)), ` ${t("known_questions")}`) : null),
+    h("ul", { class: "states" }, Object.entries(found.states).map(([name, num]) => h("li", {}, h("b", {}, number(num)), ` ${t(`tree_${name}`)}`)), found.gold ? h("li", {}, h("b", {}, number(found.gold)), ` ${t("known_questions")}`) : null),
     h("h2", {}, t("mix")),
     h("ul", { class: "mix" }, Object.entries(found.mix).map(([name, share]) => {
       const bar = h("span", { class: "range" }, h("i", {}), h("b", {}));
