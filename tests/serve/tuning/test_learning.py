@@ -163,7 +163,7 @@ def test_a_reinforcement_job_earns_its_grade_and_a_grade_that_means_nothing_is_n
         grader = {**check, "reference": f"{{{{ item.{field} }}}}"}
         return {
             "type": "reinforcement",
-            "reinforcement": {"grader": grader, "hyperparameters": {"n_epochs": 4, "learning_rate_multiplier": 3.0}},
+            "reinforcement": {"grader": grader, "hyperparameters": {"n_epochs": 3, "learning_rate_multiplier": 3.0}},
         }
 
     new = share(client, learn(client, rows, method=method("wanted")), ends)
