@@ -64,7 +64,7 @@ def inside(service: Service) -> APIRouter:
 
 async def seen(service: Service, caller: Caller, wish: Glance) -> dict[str, Any]:
     """What the page shows of a text. Raises Refusal for what is too long, or a model that is not a plain decoder."""
-    served = service.model(wish.model)
+    served = await service.find(wish.model, caller)
     model = served.engine.model
     if not isinstance(model, Decoder):
         raise Refusal(400, f"The model {wish.model!r} cannot be looked into.", param="model", code="unsupported_model")

@@ -57,13 +57,19 @@ def playground(service: Service, store: Store) -> APIRouter:
 
     @router.get("/api/playground")
     async def about(request: Request) -> Response:
-        return private({"models": [_about(served) for served in service.models.values()]})
+        here = [_about(served) for served in service.models.values()]
+        own = [
+            _about_own(shown)
+            for shown in await service.visible(caller_of(request))
+            if shown["id"] not in service.models
+        ]
+        return private({"models": here + own})
 
     @router.post("/api/playground/corrections")
     async def correction(request: Request) -> Response:
-        wish, owner = await read(request, Written, service), caller_of(request).id
-        service.model(wish.model)
-        return private(await asyncio.to_thread(_kept, store, owner, wish))
+        wish, caller = await read(request, Written, service), caller_of(request)
+        await service.find(wish.model, caller)
+        return private(await asyncio.to_thread(_kept, store, caller.id, wish))
 
     return router
 
@@ -71,6 +77,11 @@ def playground(service: Service, store: Store) -> APIRouter:
 def _about(served: Served) -> dict[str, Any]:
     can = {"inserts": served.can_insert, "chats": served.chat is not None}
     return {"id": served.name, **can, "context_length": served.context_length}
+
+
+def _about_own(shown: dict[str, Any]) -> dict[str, Any]:
+    """The same of a model that a job made, which may not be loaded: it chats, and does not insert."""
+    return {"id": shown["id"], "inserts": False, "chats": True, "context_length": shown["max_model_len"]}
 
 
 def _kept(store: Store, owner: str, wish: Written) -> dict[str, Any]:

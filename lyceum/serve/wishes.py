@@ -15,6 +15,11 @@ from lyceum.serve.refusals import Refusal
 
 EXACT = 1 << 53  # JavaScript's numbers are exact below
 
+# what people use such models for (Ouyang et al. 2022, table 1)
+Use = Literal[
+    "generation", "open_qa", "brainstorming", "chat", "rewrite", "summary", "classification", "closed_qa", "extraction", "other"
+]  # fmt: skip
+
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000)]
 Model = Annotated[str, Field(max_length=256)]
 Id = Annotated[str, Field(max_length=64)]

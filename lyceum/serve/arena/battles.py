@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
@@ -28,13 +28,9 @@ from lyceum.serve.database import Database
 from lyceum.serve.judgements import Answer, Judgement, add, comparison
 from lyceum.serve.tables import MESSAGES
 from lyceum.serve.tree import need_owner, new_id, own, own_message
+from lyceum.serve.wishes import Use
 
-# what people use such models for (Ouyang et al. 2022, table 1)
-Kind = Literal[
-    "generation", "open_qa", "brainstorming", "chat", "rewriting", "summarization", "classification", "closed_qa",
-    "extraction", "other",
-]  # fmt: skip
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Use, ...] = get_args(Use)
 MANY_PERSONS = 20  # from which on votes are grouped by person, and not by conversation
 
 

@@ -34,7 +34,7 @@ from starlette.responses import Response
 from lyceum.evals.arena import Vote, by_kind, table_of
 from lyceum.serve.answering import Answers, OneReply, Prompt
 from lyceum.serve.app import private, read
-from lyceum.serve.arena.battles import KINDS, Battles, Contender, Kind, votes_of
+from lyceum.serve.arena.battles import KINDS, Battles, Contender, votes_of
 from lyceum.serve.guard import caller_of
 from lyceum.serve.limits import Caller
 from lyceum.serve.protocol import Wish
@@ -43,7 +43,7 @@ from lyceum.serve.render import render
 from lyceum.serve.service import Service
 from lyceum.serve.store import Store
 from lyceum.serve.tree import StoredMessage, Thread, path_to, unsaid
-from lyceum.serve.wishes import EXACT, Id, Text
+from lyceum.serve.wishes import EXACT, Id, Text, Use
 
 TEMPERATURE = 0.7  # of both answers, as in Chatbot Arena
 MAX_TITLE = 80  # characters of the first prompt
@@ -63,7 +63,7 @@ class ArenaVote(Wish):
     """Which of two answers is better. kind: of the prompt, as the person sees it."""
 
     verdict: Literal["left", "right", "tie", "neither"]
-    kind: Kind | None = None
+    kind: Use | None = None
     reason: Annotated[str, Field(max_length=5000)] = ""
     consent: bool = False
 

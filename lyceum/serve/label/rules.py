@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lyceum.errors import StoreError, did_you_mean
+from lyceum.serve.wishes import Use
 
 KINDS = ("prompt", "answer", "user", "rank", "label")  # write a prompt; answer it; answer as the user; rank; label
 VARIANTS = ("plain", "few_shot", "after_user")  # of a prompt: any; an instruction with examples; as a user's was
-MIX = {  # kinds of use of prompts, and their shares in percent
+MIX: dict[Use, float] = {  # kinds of use of prompts, and their shares in percent
     "generation": 45.6,
     "open_qa": 12.4,
     "brainstorming": 11.2,
