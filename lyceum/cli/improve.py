@@ -191,7 +191,7 @@ def is_repeated(path: Path, number: int, asked: str, served: Path) -> bool:
         return False
     settings = JudgementsConfig(**section.settings)
     learned = json.loads(report.read_text(encoding="utf-8")).get("digest")
-    return gather(settings.store, settings.held_out).digest == learned
+    return gather(settings.store, settings.held_out, settings.voices).digest == learned
 
 
 def nothing_new(path: Path, number: int, offer: str) -> str:

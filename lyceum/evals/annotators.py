@@ -136,13 +136,14 @@ def people(opinions: Sequence[Opinion], gold: Mapping[str, Mapping[str, float]] 
 
 def _judged(found: Sequence[Person]) -> list[Person]:
     """The verdicts, and the order: the least agreeing first, those of whom nothing is known last."""
-    usual = [one.others[0] for one in found if one.num_rankings >= LEAST and one.num_others]
+    usual = [one.others[0] for one in found if one.num_others >= LEAST]
     bar = (0.5 + median(usual)) / 2 if usual else 0.0
 
     def verdict(one: Person) -> str:
         if one.num_rankings < LEAST:
             return "few"
-        is_careless = one.others[2] < bar or (one.num_gold >= LEAST and one.gold[2] < GOLD_LEAST)
+        disagrees = one.num_others >= LEAST and one.others[2] < bar
+        is_careless = disagrees or (one.num_gold >= LEAST and one.gold[2] < GOLD_LEAST)
         return "careless" if is_careless else ""
 
     judged = [Person(**{**vars(one), "verdict": verdict(one)}) for one in found]

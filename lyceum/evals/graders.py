@@ -34,7 +34,7 @@ from lyceum.errors import ConfigError
 from lyceum.evals.metrics import words
 
 TEMPLATE = re.compile(r"\{\{\s*([A-Za-z_][\w.\-]*)\s*\}\}")
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 JUDGE_TOKENS = 64  # what a judge may say, unless its sampling parameters say otherwise
 MAX_COMPARED = 2000  # characters of a text that are compared: the time grows with the square
 MAX_FORMULA = 1000  # characters
@@ -193,7 +193,7 @@ def _value(tree: ast.expr, scores: Mapping[str, float], depth: int) -> float:
                 return FUNCTIONS[tree.func.id](*map(inner, tree.args))
             except TypeError:
                 raise NotGraded(f"{tree.func.id} takes another number of values") from None
-    raise NotGraded(f"{ast.unparse(tree)[:40]} means nothing here")
+    raise NotGraded(f"{type(tree).__name__} means nothing here")
 
 
 # -- how alike two texts are -------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.telemetry import TelemetryConfig
 from pydantic import ValidationError
@@ -106,6 +107,7 @@ def make_app(
     app.add_exception_handler(Refusal, _failed)
     app.add_exception_handler(LyceumError, _failed)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(RequestValidationError, _wrong_place)
     app.include_router(api(service))
     for router in routers:
         app.include_router(router)
@@ -407,6 +409,14 @@ def told(error: Exception) -> Refusal:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return refused(told(error))
+
+
+async def _wrong_place(request: Request, error: Exception) -> Response:
+    """A value in the address that is none, such as ?limit=many."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return refused(Refusal(400, f"Invalid value for '{name}': {first['msg']}.", param=name, code="invalid_value"))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -176,7 +176,7 @@ def files_and_jobs(
     def forget_jobs(owner: str) -> None:
         ids = jobs.forget(owner)
         for id in ids:
-            foreman.wake(id)
+            foreman.forget(id)
         if ids and service.shelf is not None:
             service.shelf.look()
 

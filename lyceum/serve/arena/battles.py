@@ -25,6 +25,7 @@ from lyceum.errors import NotFound
 from lyceum.evals.arena import Verdict, Vote, facets, style_of
 from lyceum.serve.arena.tables import BATTLES
 from lyceum.serve.database import Database
+from lyceum.serve.drafts import INTERRUPTED
 from lyceum.serve.judgements import Answer, Judgement, add, comparison
 from lyceum.serve.tables import MESSAGES
 from lyceum.serve.tree import need_owner, new_id, own, own_message
@@ -118,6 +119,8 @@ def votes_of(judgements: Iterable[Judgement]) -> list[Vote]:
         battle = _battle_of(one)
         if battle is None or battle in seen or one.prompt is None:
             continue
+        if any(answer.finish_reason in ("error", INTERRUPTED) for answer in one.answers):
+            continue  # a server that failed is no model that lost
         seen.add(battle)
         turns = [message.content for message in one.prompt.messages if message.role == "user"]
         kinds = facets(turns[-1] if turns else "", len(turns)) | {one.answers[0].parameters.get("kind", "")} - {""}

@@ -110,10 +110,11 @@ class Work:
                     if body["id"] not in self.running:
                         self._start(owner, body["id"])
                 if self.running:
-                    mine = await asyncio.to_thread(self.kept.alive, self.writer, list(self.running))
-                    for id, running in list(self.running.items()):
-                        if mine.get(id) in (None, "cancelling"):
-                            running.end("cancelled" if id in mine else "lost")
+                    ids = list(self.running)  # one that begins while the store is asked is not among them
+                    mine = await asyncio.to_thread(self.kept.alive, self.writer, ids)
+                    for id in ids:
+                        if id in self.running and mine.get(id) in (None, "cancelling"):
+                            self.running[id].end("cancelled" if id in mine else "lost")
             except Exception as error:
                 log.warning(f"batches could not be looked after: {type(error).__name__}: {error}")
             await asyncio.sleep(LEASE_S / 4)

@@ -62,6 +62,9 @@ def file_routes(
         await asyncio.gather(sweeping, return_exceptions=True)
 
     router = APIRouter(lifespan=life, default_response_class=Response)
+    one_at_a_time = asyncio.Semaphore(
+        1
+    )  # a large file is read for long, on one of the few threads that everybody needs
 
     @router.post("/v1/files", openapi_extra={"requestBody": FORM})
     async def create(request: Request) -> Response:
@@ -71,7 +74,8 @@ def file_routes(
         await asyncio.to_thread(files.check_share, owner, declared)
         async with received(request, files, service.limits) as upload:
             purpose, expires = _purpose(upload), _expires(upload)
-            return private((await asyncio.to_thread(keep, owner, upload, purpose, expires)).to_json())
+            async with one_at_a_time:
+                return private((await asyncio.to_thread(keep, owner, upload, purpose, expires)).to_json())
 
     def keep(owner: str, upload: Upload, purpose: str, expires: float) -> File:
         details = ""

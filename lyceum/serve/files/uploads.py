@@ -41,6 +41,7 @@ class Upload:
         self.line, self.line_bytes = 1, 0  # where the file is just now
         self.long_line = 0  # the first line that is too long
         self.waiting = bytearray()  # of the file, not written yet
+        self.is_whole = False  # the last boundary has come
         self._name, self._is_file = "", False
         self._value, self._header = bytearray(), (bytearray(), bytearray())
         self._disposition, self._num_header_bytes = b"", 0
@@ -48,8 +49,11 @@ class Upload:
     @property
     def callbacks(self) -> dict[str, Any]:
         """What the parser calls."""
-        names = ("part_begin", "part_data", "part_end", "header_field", "header_value", "header_end")
+        names = ("part_begin", "part_data", "part_end", "header_field", "header_value", "header_end", "end")
         return {f"on_{name}": getattr(self, f"_{name}") for name in (*names, "headers_finished")}
+
+    def _end(self) -> None:
+        self.is_whole = True
 
     def refuse_long_line(self) -> None:
         """Raises Refusal where a line was too long, and lines are what this file is made of."""
@@ -144,6 +148,8 @@ async def received(request: Request, files: Files, limits: Limits) -> AsyncItera
                 if len(upload.waiting) >= WRITE_BYTES:
                     await _write(upload)
             parser.finalize()
+            if not upload.is_whole:
+                raise _no_form("it ends before its last boundary")
         except FormParserError:
             raise _no_form("its parts cannot be told apart") from None
         except ClientDisconnect:

@@ -71,6 +71,7 @@ def alphas(labelled: Sequence[Task]) -> dict[str, float | None]:
 def _right(task: Task, gold: Mapping[str, Mapping[str, Any]]) -> float | None:
     """The share of known labels that somebody gave rightly; None where none is known."""
     known = gold.get(str(task.node), {}).get("labels") if task.kind == "label" else None
+    known = {name: value for name, value in (known or {}).items() if task.result.get(name) is not None}
     if not known:
         return None
     return sum(task.result.get(name) == value for name, value in known.items()) / len(known)

@@ -55,20 +55,20 @@ class Draws:
     async def _run(self) -> None:
         while self._is_called:
             self._is_called = False
-            try:
-                for tree, nodes, want in await asyncio.to_thread(self.labels.to_draw):
+            for tree, nodes, want in await asyncio.to_thread(self.labels.to_draw):
+                try:
                     await self._answer(tree, nodes, want)
                     self._is_called = True  # there may be more behind them
-            except Exception as error:
-                log.warning(f"answers to rank could not be drawn: {type(error).__name__}: {error}")
-                await asyncio.sleep(REST_S)
+                except Exception as error:
+                    log.warning(f"answers to rank could not be drawn: {type(error).__name__}: {error}")
+                    await asyncio.sleep(REST_S)
 
     async def _answer(self, tree: Tree, nodes: Sequence[Node], want: Want) -> None:
         rules = await asyncio.to_thread(self._rules)
-        served = self._models(rules)
         drawn: list[Drawn] = []
         num = want.missing
         try:
+            served = self._models(rules)
             for model in served:
                 places = [place for place in range(want.missing) if served[place % len(served)] is model]
                 if places:
@@ -85,10 +85,9 @@ class Draws:
             return self.labels.rules(connection)
 
     def _models(self, rules: Rules) -> list[Served]:
-        """The models that answer, in an order by lot. Raises Refusal where none chats, or one is not served."""
-        named = [self.service.model(name) for name in rules.models] or [
-            served for served in self.service.models.values() if served.chat is not None
-        ]
+        """The models that answer, in an order by lot: those of the rules that are served, else all. Raises Refusal."""
+        chatting = [served for served in self.service.models.values() if served.chat is not None]
+        named = [served for served in chatting if served.name in rules.models] or chatting
         if not named:
             raise Refusal(400, "No model that is served chats.", code="unsupported_model")
         return sorted(named, key=lambda served: secrets.randbits(32))

@@ -30,6 +30,7 @@ from lyceum.serve.label.guidelines import GUIDELINES
 from lyceum.serve.label.queue import RULES, Labels
 from lyceum.serve.label.rules import MIX, MOST_SHOWN, Rules
 from lyceum.serve.label.tables import NODES, SETTINGS, TASKS, TREES
+from lyceum.serve.label.tree import UNFINISHED
 
 AS = ("rankings", "conversations", "gold_rankings", "gold_labels")
 MOST_GUIDELINES = 50_000  # characters
@@ -105,6 +106,9 @@ class Office:
         with self.database.writing() as connection:
             self.labels.turn(connection)
             self._set(connection, author, RULES, rules.to_json())
+            for page in self.labels.pages(connection, UNFINISHED, ""):
+                for tree, _, _ in page:
+                    self.labels.settle(connection, rules, tree.id)
 
     def guidelines(self, language: str) -> str:
         """What people are told, as Markdown; English where the language has none of its own."""

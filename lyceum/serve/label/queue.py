@@ -119,13 +119,18 @@ class Labels:
         """A question whose answer is known, which this person has not had."""
         had = select(TASKS.c.tree).where(TASKS.c.labeller == labeller, TASKS.c.is_gold)
         query = select(TREES).where(TREES.c.is_gold, TREES.c.state == "gold", TREES.c.id.not_in(had))
-        trees = {row.id: as_tree(row) for row in connection.execute(_in_language(query, language).limit(PAGE))}
-        questions = []
-        for node in self.nodes_of(connection, trees):
-            kind = "rank" if node.gold and "ranks" in node.gold else "label"
-            if node.gold and kind in kinds:
-                questions.append((trees[node.tree], kind, node.id, list(node.gold.get("ranks", ()))))
-        return self._handed(*self.chance.choice(questions)) if questions else None
+        rows = list(connection.execute(_in_language(query, language)))
+        self.chance.shuffle(rows)
+        for start in range(0, len(rows), PAGE):
+            trees = {row.id: as_tree(row) for row in rows[start : start + PAGE]}
+            questions = []
+            for node in self.nodes_of(connection, trees):
+                kind = "rank" if node.gold and "ranks" in node.gold else "label"
+                if node.gold and kind in kinds:
+                    questions.append((trees[node.tree], kind, node.id, list(node.gold.get("ranks", ()))))
+            if questions:
+                return self._handed(*self.chance.choice(questions))
+        return None
 
     def _new_prompt(self, connection: Connection, rules: Rules, labeller: str, language: str) -> dict[str, Any] | None:
         """A prompt to write: of the use that is rarest against the mix, in one of the ways that can be asked for."""
@@ -226,7 +231,7 @@ class Labels:
         found: list[tuple[Tree, list[Node], Want]] = []
         with self.database.reading() as connection:
             rules = self.rules(connection)
-            for page in self.pages(connection, UNFINISHED, ""):
+            for page in self.pages(connection, ("growing",), ""):  # nobody else wants any
                 for tree, nodes, tasks in page:
                     wants = look(rules, tree, nodes, tasks).wants
                     found += [(tree, nodes, want) for want in wants if want.kind == "draw"]

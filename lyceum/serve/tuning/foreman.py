@@ -27,7 +27,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+from sqlalchemy.exc import OperationalError
 
 from lyceum import device
 from lyceum.errors import LyceumError
@@ -39,6 +41,7 @@ from lyceum.serve.refusals import Refusal
 from lyceum.serve.tuning import process as real_process
 from lyceum.serve.tuning.kept import Job, Jobs
 
+J = TypeVar("J", Job, str)
 LOOK_EVERY_S = 0.5
 MAX_KILLED = 3
 MAKING_S = 3600.0  # making a job's folder takes less
@@ -161,17 +164,25 @@ class Foreman:
 
     def turn(self) -> None:
         """Look once."""
-        under_way = self.jobs.under_way()
+        under_way = [job for job in self.jobs.under_way() if (self.folder / job.id).is_dir()]  # others' are elsewhere
         running = {job.id for job in under_way if job.status == "running"}
         for id in [*self._watched - running]:
-            self._let_go(id)
+            self._try(self._let_go, id)
         for job in under_way:
             if job.status == "running":
-                self._follow(job)
+                self._try(self._follow, job)
         room = self.crew.side_by_side - sum(job.status == "running" for job in self.jobs.under_way())
         waiting = [job for job in under_way if job.status == "queued"]
         for job in waiting[: max(0, room)]:
-            self._begin(job)
+            self._try(self._begin, job)
+
+    def _try(self, work: Callable[[J], None], job: J) -> None:
+        try:
+            work(job)
+        except OperationalError:
+            raise
+        except Exception as error:  # one job's broken folder does not stop the others
+            log.warning(f"{job if isinstance(job, str) else job.id}: {type(error).__name__}: {error}")
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -210,8 +221,16 @@ class Foreman:
         status = self.jobs.status(id)
         if status in ENDED_BADLY:
             tidy(self.folder / id, everything=True)
-        elif not status:
-            shutil.rmtree(self.folder / id, ignore_errors=True)
+        elif not status and not (self.folder / id / self.process.LOCK).exists():
+            shutil.rmtree(
+                self.folder / id, ignore_errors=True
+            )  # given up in the making; what ran may be another store's
+
+    def forget(self, id: str) -> None:
+        """End a job that was deleted, and delete its folder. From a thread."""
+        self.process.stop(self.folder / id)
+        shutil.rmtree(self.folder / id, ignore_errors=True)
+        self.wake(id)
 
     # -- what a job does -----------------------------------------------------------------------------------------------
 

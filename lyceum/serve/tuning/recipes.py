@@ -137,7 +137,7 @@ def _reinforcement(chosen: Mapping[str, Any], found: Found, context: int) -> tup
     batch = int(chosen["batch_size"])
     group = max(2, round(REPLIES * float(chosen["compute_multiplier"])))
     rounds = max(1, math.ceil(int(chosen["n_epochs"]) * found.lines / batch))
-    room = max(1, min(REPLY_TOKENS, context - found.longest))
+    room = min(REPLY_TOKENS, max(context - found.longest, context // 4))  # a prompt that leaves less is left out
     drawn = rounds * batch * group * room
     read = rounds * batch * group * (round(found.tokens / found.lines) + room)
     settings: dict[str, Any] = {
@@ -217,8 +217,11 @@ def write_examples(
                 length, most = lengths(record, served)
             except DataError as error:
                 raise at_line(number, Refusal(400, error.message)) from None
-            lines, tokens, longest = lines + 1, tokens + length, max(longest, most)
-            too_long += most > served.context_length
+            lines, tokens = lines + 1, tokens + length
+            if most > served.context_length:
+                too_long += 1  # and left out
+            else:
+                longest = max(longest, most)
             if grader is not None and isinstance(record, Conversation):
                 record = replace(record, meta={**record.meta, "grader": dict(grader)})
             yield record

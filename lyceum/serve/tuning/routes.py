@@ -133,6 +133,7 @@ class Desk:
 
     def __init__(self, service: Service, files: Files, jobs: Jobs, foreman: Foreman):
         self.service, self.files, self.jobs, self.foreman = service, files, jobs, foreman
+        self._making = asyncio.Semaphore(1)  # as with files: one long reading at a time
 
     async def create(self, wish: JobRequest, caller: Caller) -> Job:
         """Queue a job. Raises Refusal for whatever would keep it from beginning."""
@@ -154,7 +155,8 @@ class Desk:
                 for one in asked:
                     if one.get("model") == judge.model:
                         one["folder"] = str(found.folder.resolve())
-        job = await asyncio.to_thread(self._queue, wish, served, grader, caller.id)
+        async with self._making:
+            job = await asyncio.to_thread(self._queue, wish, served, grader, caller.id)
         self.foreman.wake(job.id)
         return job
 

@@ -23,6 +23,7 @@ export function taskForm(task, about, { submit, skip, say }) {
   const kept = draftOf(task.id);
   const made = { prompt: promptForm, answer: textForm, user: textForm, rank: rankForm, label: labelForm }[task.kind](task, about, kept, say);
   const send = async () => {
+    if (done.disabled) return; // it is on its way
     const { result, missing } = made.read();
     if (missing) {
       missing[1]?.focus();

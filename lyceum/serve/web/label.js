@@ -184,7 +184,7 @@ class Page {
     if (event.isComposing || document.querySelector("dialog[open]")) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      if (this.tab === "work") this.task?.submit();
+      if (this.tab === "work" && !event.repeat && this.task?.element.isConnected) this.task.submit();
       return;
     }
     if (event.key === "Escape" && !this.guide.hidden) return void this.guidelines();

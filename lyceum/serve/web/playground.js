@@ -180,7 +180,7 @@ class Page {
     const { signal } = stopper;
     const { mode, model } = state;
     const prompt = mode === "edit" ? [state.instruction, state.text].filter(Boolean).join("\n\n") : state.text;
-    made = { mode, model, prompt, instruction: state.instruction, input: state.text, text: kept.map(tokenText).join(""), tokens: mode === "edit" ? null : kept, finish: "", checkpoint: "" };
+    made = { mode, model, prompt, instruction: state.instruction, input: state.text, text: kept.map(tokenText).join(""), tokens: mode === "edit" ? null : kept, finish: "", checkpoint: "", parameters: { ...state.parameters }, written: null };
     this.show();
     try {
       if (mode === "edit") await this.edit(signal);
@@ -262,9 +262,9 @@ class Page {
       event.preventDefault();
       event.stopPropagation();
       if (!field.value.trim()) return;
-      const { model, prompt, input, instruction, mode, text, checkpoint } = made;
-      const { seed, temperature, top_p, top_k, max_tokens } = state.parameters;
-      const given = { model, prompt: mode === "edit" ? input : prompt, completion: text, correction: field.value, checkpoint,
+      const { model, prompt, input, instruction, mode, text, checkpoint, written } = made;
+      const { seed, temperature, top_p, top_k, max_tokens } = made.parameters;
+      const given = { model, prompt: mode === "edit" ? input : prompt, completion: written ?? text, correction: field.value, checkpoint,
         parameters: { seed, temperature, top_p, top_k, max_tokens }, consent: mayTrain(this.start.consent) };
       if (mode === "edit") given.instruction = instruction;
       try {
@@ -272,7 +272,7 @@ class Page {
       } catch (error) {
         return void toast(error.message || t("offline"), { ms: 7000 });
       }
-      made = { ...made, text: field.value, tokens: null };
+      made = { ...made, written: written ?? text, text: field.value, tokens: null };
       toast(t("thanks"));
       back();
     };
