@@ -70,6 +70,14 @@ def test_the_majority_of_the_others_leaves_oneself_out() -> None:
     assert told["x"].num_others == 0 and told["x"].to_json()["others"] is None  # y and z are of two minds
 
 
+def test_nobody_is_careless_on_one_set_that_others_have_seen_too() -> None:
+    mine = [Opinion("z", str(item), {"A": 1, "B": 2}) for item in range(20)]
+    others = [Opinion(name, "0", {"A": 2, "B": 1}) for name in ("x", "y")]
+    crowd = [Opinion(name, f"c{item}", {"A": 1, "B": 2}) for item in range(20) for name in ("u", "v", "w")]
+    told = {one.annotator: one for one in people([*mine, *others, *crowd])}
+    assert told["z"].num_others == 1 and told["z"].others[2] == 0.0 and told["z"].verdict == ""
+
+
 def simulated(
     accuracies: list[float], seed: int, *, items: int = 120, each: int = 5, gold: int = 0
 ) -> tuple[list[Opinion], dict[str, dict[str, float]]]:

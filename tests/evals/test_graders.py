@@ -77,6 +77,7 @@ def test_a_judge_is_asked_and_its_number_kept_within_the_range() -> None:
         0,
         None,
     ]
+    assert [grade(grader, said, ITEM, judge) for said in (".5", "1e-2", "about 3.")] == [0.5, 0.01, 3.0]
     assert heard[0][0] == {"role": "system", "content": "Rate Paris"}
 
 

@@ -164,6 +164,15 @@ def test_ten_thousand_rows_with_one_that_is_broken(desk: Callable) -> None:
     assert list(server.files.folder.iterdir()) == [] and server.files.listed("everybody") == ([], False)
 
 
+def test_a_form_that_ends_before_its_last_boundary_is_no_file(desk: Callable) -> None:
+    server = desk()
+    whole = field("purpose", "user_data"), part(b"one line\n")
+    assert send(server, *whole, END).startswith("HTTP/1.1 200")
+    for cut in (b"", b"--x"):
+        assert "before its last boundary" in send(server, *whole, cut)
+    assert len(list(server.openai().files.list())) == 1
+
+
 @pytest.mark.parametrize("most", [512 << 20, 2 << 30])
 def test_a_line_of_a_gigabyte_is_refused_early_in_bounded_memory(desk: Callable, most: int) -> None:
     server = desk(limits=Limits(upload_bytes=most, files_bytes=4 << 30))

@@ -283,6 +283,21 @@ def test_a_restarted_server_finds_its_jobs(tuning: Callable, pretend: Pretend, b
     until(client, second, "running")
 
 
+def test_folders_of_jobs_that_another_store_knows_are_left_alone(tuning: Callable, pretend: Pretend) -> None:
+    server = tuning()
+    client = server.openai()
+    mine = client.fine_tuning.jobs.create(model="demo", training_file=upload(client, [CHAT] * 4)).id
+    until(client, mine, "running")
+    server.close()
+    other = server.home / "jobs" / "ftjob-of-another-store"
+    (other / "sft" / "checkpoint").mkdir(parents=True)
+    (other / pretend.LOCK).touch()
+    server = tuning()
+    until(server.openai(), mine, "running")
+    server.close()
+    assert (other / "sft" / "checkpoint").is_dir()
+
+
 def test_events_are_followed_as_they_happen(
     tuning: Callable, pretend: Pretend, base: Path, read_events: Callable
 ) -> None:
