@@ -115,7 +115,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     yield make
     for context in contexts:
         context.close()
-    assert not wrong
+    assert not wrong, wrong
 
 
 def shot(tab: Any, name: str) -> None:

@@ -148,7 +148,7 @@ def test_what_was_taught_chooses_what_is_said_and_can_be_forgotten(page: Make, v
     tab = visit(server)
     pace(tab, 30)
     tab.get_by_role("button", name="Teach", exact=True).click()
-    for number in range(2):
+    for number in range(3):
         ask(tab, f"Question {number}")
         begun = time.monotonic()
         while tab.locator(".composer .send").get_attribute("title") == "Stop" or time.monotonic() - begun < 0.5:
@@ -162,7 +162,7 @@ def test_what_was_taught_chooses_what_is_said_and_can_be_forgotten(page: Make, v
     ask(tab, "And now?")
     last(tab).locator(".actions").wait_for(timeout=30_000)
     said = last(tab).locator(".prose").inner_text()
-    assert said.count("!") <= 1 < said.count("."), said
+    assert said.count("!") < said.count("."), said  # half of what is said otherwise
     tab.get_by_role("button", name="Settings").click()
     section = tab.locator(".settings section", has_text="Teaching")
     expect(section.locator(".taught p")).to_contain_text("demo:")

@@ -75,13 +75,13 @@ class Page {
   draw() {
     const at = language() === "zh" ? 1 : 0;
     const modes = h("fieldset", { class: "segmented modes" }, h("legend", { class: "hidden" }, t("play_mode")), h("div", {}, MODES.map((mode) => {
-      const input = h("input", { type: "radio", name: "mode", value: mode, checked: state.mode === mode, onchange: () => { state.mode = mode; made = null; this.draw(); this.main.querySelector(`input[value=${mode}]`).focus(); } });
+      const input = h("input", { type: "radio", name: "mode", value: mode, checked: state.mode === mode, onchange: () => { state.mode = mode; this.leave(); this.draw(); this.main.querySelector(`input[value=${mode}]`).focus(); } });
       return h("label", {}, input, h("span", {}, t(`play_${mode}`)));
     })));
     const examples = h("select", { name: "example", "aria-label": t("play_examples"), onchange: () => {
       const example = EXAMPLES[examples.value];
       Object.assign(state, { mode: "complete", text: example.text[at], stop: example.stop, parameters: { ...state.parameters, temperature: 0 } });
-      made = null;
+      this.leave();
       this.draw();
       this.main.querySelector("[name=text]").focus();
     } }, h("option", { value: "", disabled: true }, t("play_choose")), Object.entries(EXAMPLES).map(([name, { title }]) => h("option", { value: name }, title[at])));
@@ -172,6 +172,13 @@ class Page {
 
   // -- writing -------------------------------------------------------------------------------------------------------------
 
+  /** What is being written is wanted no longer. */
+  leave() {
+    stopper?.abort();
+    made = null;
+    this.isBusy = false;
+  }
+
   /** Write; kept: tokens of the last text that stay, the model goes on behind them. */
   async go(kept = []) {
     if (this.run.disabled || this.isBusy) return;
@@ -180,26 +187,27 @@ class Page {
     const { signal } = stopper;
     const { mode, model } = state;
     const prompt = mode === "edit" ? [state.instruction, state.text].filter(Boolean).join("\n\n") : state.text;
-    made = { mode, model, prompt, instruction: state.instruction, input: state.text, text: kept.map(tokenText).join(""), tokens: mode === "edit" ? null : kept, finish: "", checkpoint: "", parameters: { ...state.parameters }, written: null };
+    const mine = { mode, model, prompt, instruction: state.instruction, input: state.text, text: kept.map(tokenText).join(""), tokens: mode === "edit" ? null : kept, finish: "", checkpoint: "", parameters: { ...state.parameters }, written: null };
+    made = mine;
     this.show();
     try {
-      if (mode === "edit") await this.edit(signal);
-      else await this.write(signal);
+      if (mode === "edit") await this.edit(mine, signal);
+      else await this.write(mine, signal);
     } catch (error) {
       if (!signal.aborted) toast(error.message || t("offline"), { ms: 7000 });
     }
-    if (signal.aborted && !this.output.isConnected) return;
+    if (signal.aborted && (made !== mine || !this.output.isConnected)) return; // the page is about something else by now
     this.isBusy = false;
-    if (!made.text && !made.tokens?.length) made = null;
+    if (!mine.text && !mine.tokens?.length) made = null;
     this.show();
   }
 
-  async write(signal) {
+  async write(mine, signal) {
     const { max_tokens: longest = 64, ...parameters } = state.parameters;
-    const asked = { model: made.model, prompt: made.prompt + made.text, max_tokens: longest, logprobs: NUM_TOP, stream: true, ...parameters };
+    const asked = { model: mine.model, prompt: mine.prompt + mine.text, max_tokens: longest, logprobs: NUM_TOP, stream: true, ...parameters };
     if (state.mode === "insert" && state.after) asked.suffix = state.after;
     if (state.stop.length) asked.stop = state.stop;
-    const before = made.text;
+    const before = mine.text;
     let said = "";
     const tokens = [];
     try {
@@ -207,24 +215,25 @@ class Page {
         const [choice] = choices;
         if (!choice) continue;
         said += choice.text;
-        made.checkpoint = checkpoint ?? "";
-        made.finish = choice.finish_reason ?? "";
-        made.text = before + said;
+        mine.checkpoint = checkpoint ?? "";
+        mine.finish = choice.finish_reason ?? "";
+        mine.text = before + said;
         const { tokens: names = [], token_logprobs: logprobs, top_logprobs: tops, text_offset: offsets } = choice.logprobs ?? {};
         names.forEach((name, place) => tokens.push({ name, logprob: logprobs[place], top: tops[place], offset: offsets[place] }));
-        this.strip.grow(split(said, tokens).slice(this.strip.tokens.length - made.tokens.length));
+        if (made !== mine) continue;
+        this.strip.grow(split(said, tokens).slice(this.strip.tokens.length - mine.tokens.length));
         this.showFoot();
       }
     } finally {
-      made.tokens = this.strip.tokens;
+      if (made === mine) mine.tokens = this.strip.tokens;
     }
   }
 
-  async edit(signal) {
+  async edit(mine, signal) {
     const { temperature, top_p } = state.parameters;
-    const asked = { model: made.model, instruction: state.instruction, input: state.text, temperature, top_p };
+    const asked = { model: mine.model, instruction: state.instruction, input: state.text, temperature, top_p };
     const answer = await (await api.send("POST", "/v1/edits", asked, { signal })).json();
-    made.text = answer.choices[0].text;
+    mine.text = answer.choices[0].text;
   }
 
   /** What else a token might have been, as buttons that put it there. */
