@@ -254,9 +254,8 @@ def test_ranking_with_ties_scores_flags_drag_and_none_acceptable(page: Make, vis
     expect(cards.nth(2).locator(".flags .chip").first).to_be_focused()
     tab.keyboard.press("Space")
     shot(tab, "label-rank-ties")
-    cards.nth(3).locator(".handle").scroll_into_view_if_needed()
+    cards.nth(3).locator(".handle").hover()  # waits until it stands still
     handle = cards.nth(3).locator(".handle").bounding_box()
-    tab.mouse.move(handle["x"] + 8, handle["y"] + 8)
     tab.mouse.down()
     for step in range(80):  # upwards, until it stands before the third
         tab.mouse.move(handle["x"] + 8, handle["y"] + 8 - 5 * step)
