@@ -4,7 +4,7 @@
     plan = plan_of("supervised", wanted, served, found)       # what "auto" comes to, and what it will take
     write_recipe(folder, plan, seed, has_valid=False)         # what `lyceum run` then runs
 
-What "auto" comes to, for n examples (tried on models of one to thirty million weights; docs/finetune.md has the table):
+What "auto" comes to, for n examples (tried on models of a million weights and less; docs/finetune.md has the table):
 
 - epochs: as many as make `EXAMPLES` of them, 3 at least and 25 at most (reinforcement: `ROUNDS` rounds of sampling, 1 at least);
 - batch size: n / 40, between 4 and 16; of dpo pairs the same; of reinforcement 8 prompts, each with 8 replies;
